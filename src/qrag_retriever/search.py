@@ -1,0 +1,261 @@
+"""Which chunks to take, given Q: greedy, beam and sampled search with early stopping.
+
+Knows numbers, not text: a `Search` says which states it wants Q-values for and is told them, so
+that one encoder pass can serve many searches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from qrag_retriever.errors import InvalidInputError, QRAGError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from numpy.typing import NDArray
+
+StopReason = Literal["budget", "threshold", "exhausted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+    """How to search.
+
+    Attributes:
+        k: Retrieval budget T, the number of chunks.
+        q_threshold: Stop at the first step whose best Q lies below it (paper App. B).
+        beams: Trajectories followed at once (paper App. C); 1: greedy.
+        temperature: Draw each chunk from softmax(Q / temperature) (eq. 3) instead of the best.
+        seed: Seed of those draws.
+        chunks_per_step: Chunks taken from one state; more save encoder passes for a large ``k``.
+        runners_up: Next best chunks reported with each step.
+
+    Raises:
+        InvalidInputError: If a value is out of range.
+    """
+
+    k: int
+    q_threshold: float | None = None
+    beams: int = 1
+    temperature: float | None = None
+    seed: int | None = None
+    chunks_per_step: int = 1
+    runners_up: int = 3
+
+    def __post_init__(self) -> None:
+        for name, least in (("k", 1), ("beams", 1), ("chunks_per_step", 1), ("runners_up", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+                raise InvalidInputError(f"{name}={value!r}; give an integer of at least {least}.")
+        if self.q_threshold is not None and not _is_number(self.q_threshold):
+            raise InvalidInputError(
+                f"q_threshold={self.q_threshold!r}; give a number, or None to always use up k."
+            )
+        if self.temperature is not None:
+            if not _is_number(self.temperature) or self.temperature <= 0:
+                raise InvalidInputError(
+                    f"temperature={self.temperature!r}; give a number above 0, or None for the "
+                    "best chunk at every step."
+                )
+            if self.beams > 1:
+                raise InvalidInputError(
+                    f"temperature={self.temperature} and beams={self.beams} exclude each other; "
+                    "leave one of them out."
+                )
+
+
+class Pick(NamedTuple):
+    """One chunk taken: at which step, which one, its Q, and the next best (number, Q)."""
+
+    step: int
+    index: int
+    q_value: float
+    runners_up: tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """A trajectory on its way.
+
+    Attributes:
+        picks: What was taken, in order.
+        stopped: Why it ended; ``None`` while it goes on.
+        q_values: Q of all candidates at each step, where they are kept.
+    """
+
+    picks: tuple[Pick, ...] = ()
+    stopped: StopReason | None = None
+    q_values: tuple[NDArray[np.float32], ...] = ()
+
+    @property
+    def retrieved(self) -> tuple[int, ...]:
+        """Numbers of the chunks taken, in order."""
+        return tuple(pick.index for pick in self.picks)
+
+    @property
+    def score(self) -> float:
+        """Mean Q along the trajectory.
+
+        Each Q estimates the same thing, the trajectory's return, from another step; their mean
+        also compares trajectories that stopped early with longer ones.
+        """
+        if not self.picks:
+            return -math.inf
+        return sum(pick.q_value for pick in self.picks) / len(self.picks)
+
+
+class Search:
+    """A search over the chunks 0 … n-1 of one query.
+
+    Ask for `states`, give their Q-values to `advance`, until `done`.
+
+    Args:
+        n: Number of candidate chunks.
+        options: How to search.
+        excluded: Candidates that are never taken.
+        keep_q_values: Keep Q of all candidates at each step.
+
+    Example:
+        >>> search = Search(3, SearchOptions(k=2))
+        >>> while not search.done:
+        ...     search.advance(np.array([[0.2, 0.9, 0.5]], dtype=np.float32))
+        >>> search.best.retrieved
+        (1, 2)
+    """
+
+    def __init__(
+        self,
+        n: int,
+        options: SearchOptions,
+        excluded: Collection[int] = (),
+        *,
+        keep_q_values: bool = False,
+    ) -> None:
+        self.options = options
+        self._excluded = np.fromiter(excluded, dtype=np.int64, count=len(excluded))
+        self._available = n - len(set(excluded))
+        self._keep = keep_q_values
+        self._step = 0
+        self._random = np.random.default_rng(options.seed)
+        start: StopReason | None = None if self._available > 0 else "exhausted"
+        self._beams = [Beam(stopped=start)]
+
+    @property
+    def done(self) -> bool:
+        """Whether every trajectory has ended."""
+        return all(beam.stopped for beam in self._beams)
+
+    @property
+    def best(self) -> Beam:
+        """The leading trajectory."""
+        return self._beams[0]
+
+    @property
+    def states(self) -> list[tuple[int, ...]]:
+        """Retrieved chunks, in order, of each trajectory that goes on."""
+        return [beam.retrieved for beam in self._beams if not beam.stopped]
+
+    def advance(self, q_values: NDArray[np.float32]) -> None:
+        """Take the next step.
+
+        Args:
+            q_values: Q of every candidate in each of `states`, float32 ``[len(states), n]``; what
+                is already retrieved or excluded may hold any value. Unknown Q is ``-inf``.
+
+        Raises:
+            QRAGError: If a Q-value is NaN.
+        """
+        self._step += 1
+        rows = iter(q_values)
+        pool: list[Beam] = []
+        for beam in self._beams:
+            pool.extend([beam] if beam.stopped else self._expand(beam, next(rows)))
+        pool.sort(key=lambda beam: -beam.score)
+        by_set: dict[frozenset[int], Beam] = {}
+        for beam in pool:  # two orders that lead to the same set are one beam
+            by_set.setdefault(frozenset(beam.retrieved), beam)
+        self._beams = list(by_set.values())[: self.options.beams]
+
+    def _expand(self, beam: Beam, q_values: NDArray[np.float32]) -> list[Beam]:
+        options = self.options
+        q = np.array(q_values, dtype=np.float32)
+        q[self._excluded] = -np.inf
+        q[list(beam.retrieved)] = -np.inf
+        left = self._available - len(beam.picks)
+        take = min(options.chunks_per_step, options.k - len(beam.picks), left)
+        wanted = min(take + max(options.beams - 1, options.runners_up), left)
+        ranked = best_actions(q, wanted)
+        if not ranked:
+            return [dataclasses.replace(beam, stopped="exhausted")]
+        if options.q_threshold is not None:
+            if q[ranked[0]] < options.q_threshold:
+                return [dataclasses.replace(beam, stopped="threshold")]
+            above = sum(q[index] >= options.q_threshold for index in ranked)
+        else:
+            above = len(ranked)
+        if options.temperature is not None:
+            noise = self._random.gumbel(size=q.shape).astype(np.float32)
+            drawn = best_actions(q / np.float32(options.temperature) + noise, take)
+            return [self._extend(beam, drawn, ranked, q)]
+        head, others = ranked[: take - 1], ranked[take - 1 : above]
+        if not others:  # some of the chunks wanted at once fall below the threshold
+            return [self._extend(beam, ranked[:above], ranked, q, stopped="threshold")]
+        return [self._extend(beam, [*head, other], ranked, q) for other in others[: options.beams]]
+
+    def _extend(
+        self,
+        beam: Beam,
+        taken: Sequence[int],
+        ranked: Sequence[int],
+        q: NDArray[np.float32],
+        stopped: StopReason | None = None,
+    ) -> Beam:
+        others = [index for index in ranked if index not in taken][: self.options.runners_up]
+        runners_up = tuple((index, float(q[index])) for index in others)
+        picks = [Pick(self._step, index, float(q[index]), runners_up) for index in taken]
+        count = len(beam.picks) + len(picks)
+        if count >= self.options.k:
+            stopped = "budget"
+        elif count >= self._available:
+            stopped = "exhausted"
+        kept = (*beam.q_values, q) if self._keep else ()
+        return Beam((*beam.picks, *picks), stopped, kept)
+
+
+def best_actions(q_values: NDArray[np.float32], count: int) -> list[int]:
+    """The actions of highest Q, best first, equal ones by number; none of ``-inf``.
+
+    Args:
+        q_values: Q of every action, ``[n]``.
+        count: How many.
+
+    Raises:
+        QRAGError: If a Q-value is NaN.
+
+    Example:
+        >>> best_actions(np.array([1, 3, -np.inf, 3], dtype=np.float32), 4)
+        [1, 3, 0]
+    """
+    q_values = q_values.copy()
+    best: list[int] = []
+    for _ in range(count):
+        index = int(np.argmax(q_values))  # the first of equal ones; NaN counts as the highest
+        if np.isnan(q_values[index]):
+            raise QRAGError(
+                "The model gave NaN as a Q-value; its weights or the index's embeddings are "
+                "damaged. Load or build them again."
+            )
+        if q_values[index] == -np.inf:
+            break
+        best.append(index)
+        q_values[index] = -np.inf
+    return best
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float, np.number)) and not math.isnan(value)

@@ -1,0 +1,96 @@
+"""A state as token ids: the query and the chunks found so far, ``[CLS] q [SEP] c … [SEP]``.
+
+Parts are joined as token ids, never as text, so a chunk that contains the separator's text opens no
+part of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class StateLayout:
+    """Special tokens and limits of a state.
+
+    Attributes:
+        prefix: Special tokens in front of a single text (``[CLS]``).
+        suffix: Special tokens behind a single text (``[SEP]``).
+        separator: Token between two parts.
+        window: Most tokens of a state, special tokens included.
+        query_limit: Most tokens of the query, ``prefix`` and ``suffix`` counted in.
+        chunk_limit: Most tokens of each chunk, counted in the same way.
+    """
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+    separator: int
+    window: int
+    query_limit: int | None = None
+    chunk_limit: int | None = None
+
+    def build(
+        self, query: Sequence[int], chunks: Sequence[Sequence[int]]
+    ) -> tuple[list[int], bool]:
+        """Join a query and chunks into one input.
+
+        Each part is cut to its own limit first. Only if the whole is still longer than the window
+        are its longest parts shortened evenly; the query is never dropped. Where not even one
+        token a chunk has room, the first chunks are left out.
+
+        Args:
+            query: Token ids of the query, without special tokens.
+            chunks: Token ids of the chunks in the order of the state.
+
+        Returns:
+            The token ids, at most ``window``, and whether the window made them shorter.
+        """
+        specials = len(self.prefix) + len(self.suffix)
+        most_chunks = (self.window - specials - 1) // 2
+        fits = len(chunks) <= most_chunks
+        kept = chunks if fits else chunks[len(chunks) - most_chunks :]
+        parts = [query[: _content(self.query_limit, specials)]]
+        parts += [chunk[: _content(self.chunk_limit, specials)] for chunk in kept]
+        lengths = [len(part) for part in parts]
+        limits = shorten_evenly(lengths, self.window - specials - len(kept))
+        ids = list(self.prefix)
+        for number, (part, limit) in enumerate(zip(parts, limits, strict=True)):
+            if number:
+                ids.append(self.separator)
+            ids.extend(part[:limit])
+        ids.extend(self.suffix)
+        return ids, not fits or limits != lengths
+
+
+def shorten_evenly(lengths: Sequence[int], budget: int) -> list[int]:
+    """Cut the longest of several lengths to a common limit until their sum fits.
+
+    Args:
+        lengths: Lengths of the parts.
+        budget: Most the parts may have together; at least their number.
+
+    Returns:
+        New lengths: unchanged below the limit, the limit (for the first few one more) above it.
+
+    Example:
+        >>> shorten_evenly([3, 50, 80], budget=40)
+        [3, 19, 18]
+    """
+    if sum(lengths) <= budget:
+        return list(lengths)
+    result = [0] * len(lengths)
+    left = budget
+    by_length = sorted(range(len(lengths)), key=lambda part: (lengths[part], -part))
+    for done, part in enumerate(by_length):
+        share = left // (len(lengths) - done)
+        result[part] = min(lengths[part], share)
+        left -= result[part]
+    return result
+
+
+def _content(limit: int | None, specials: int) -> int | None:
+    return None if limit is None else max(limit - specials, 1)

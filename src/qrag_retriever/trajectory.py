@@ -1,0 +1,238 @@
+"""What was retrieved at each step and why; shows itself as text, HTML and a plot."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import shutil
+import textwrap
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from qrag_retriever.errors import InvalidInputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+
+    from qrag_retriever.chunk import Chunk
+    from qrag_retriever.search import StopReason
+
+_STOPPED = {
+    "budget": "the budget was used up",
+    "threshold": "the best Q fell below the threshold",
+    "exhausted": "no candidate was left",
+}
+
+
+class RunnerUp(NamedTuple):
+    """A chunk that came close: its id, its number in the index, its Q."""
+
+    chunk_id: str
+    index: int
+    q_value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One chunk retrieved.
+
+    Attributes:
+        step: Number of the step, from 1; chunks taken from one state share it.
+        chunk: The chunk.
+        index: Its number in the index, from 0, in document order.
+        q_value: Q of taking it in the state of that step.
+        position: ρ at that step (paper eq. 6): its place among the chunks found before.
+        runners_up: The next best chunks of that step.
+    """
+
+    step: int
+    chunk: Chunk
+    index: int
+    q_value: float
+    position: float
+    runners_up: tuple[RunnerUp, ...] = ()
+
+    @property
+    def chunk_id(self) -> str:
+        """Id of the chunk."""
+        return self.chunk.id
+
+    @property
+    def text(self) -> str:
+        """Text of the chunk."""
+        return self.chunk.text
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Metadata of the chunk."""
+        return self.chunk.metadata
+
+    def to_dict(self) -> dict[str, Any]:
+        """The step as plain values."""
+        return {
+            "step": self.step,
+            "chunk_id": self.chunk_id,
+            "index": self.index,
+            "text": self.text,
+            "metadata": dict(self.metadata),
+            "q_value": self.q_value,
+            "position": self.position,
+            "runners_up": [runner_up._asdict() for runner_up in self.runners_up],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """The steps of one search, in order of retrieval.
+
+    Iterating gives the steps; ``print`` a table; a notebook shows it as HTML.
+
+    Attributes:
+        query: The query.
+        steps: What was retrieved.
+        stopped: Why it ended: ``"budget"``, ``"threshold"`` or ``"exhausted"``.
+        n_candidates: Number of chunks to choose from.
+        q_values: Q of every candidate at each step, float32 ``[n_candidates]`` each, ``-inf`` where
+            a chunk could not be taken; empty unless kept.
+        candidates: Numbers in the index of the candidates; ``None``: all.
+    """
+
+    query: str
+    steps: tuple[Step, ...]
+    stopped: StopReason
+    n_candidates: int
+    q_values: tuple[NDArray[np.float32], ...] = dataclasses.field(
+        default=(), repr=False, compare=False
+    )
+    candidates: NDArray[np.int64] | None = dataclasses.field(
+        default=None, repr=False, compare=False
+    )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    @property
+    def chunk_ids(self) -> list[str]:
+        """Ids of the retrieved chunks, in order."""
+        return [step.chunk_id for step in self.steps]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The trajectory as plain values, fit for JSON where the metadata are."""
+        return {
+            "query": self.query,
+            "stopped": self.stopped,
+            "n_candidates": self.n_candidates,
+            "steps": [step.to_dict() for step in self.steps],
+        }
+
+    def __str__(self) -> str:
+        width = shutil.get_terminal_size((100, 24)).columns
+        lines = [f"Query: {self.query}", f"{'step':>4}  {'Q':>7}  {'ρ':>6}  {'chunk':>7}  text"]
+        for step in self.steps:
+            head = f"{step.step:>4}  {step.q_value:>7.3f}  {step.position:>6.2f}  {step.index:>7}  "
+            text = " ".join(step.text.split())
+            room = max(width - len(head), 20)
+            first, *rest = textwrap.wrap(text, room, max_lines=3, placeholder=" …") or [""]
+            lines.append(head + first)
+            lines.extend(" " * len(head) + line for line in rest)
+        lines.append(self._summary())
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{step.step}</td><td>{step.q_value:.3f}</td><td>{step.position:.2f}</td>"
+            f"<td title='{html.escape(step.chunk_id, quote=True)}'>{step.index}</td>"
+            f"<td style='text-align:left'>{html.escape(step.text)}</td>"
+            f"<td style='text-align:left'>{_runners_up(step)}</td></tr>"
+            for step in self.steps
+        )
+        return (
+            f"<p><b>{html.escape(self.query)}</b></p><table><thead><tr><th>step</th><th>Q</th>"
+            "<th>ρ</th><th>chunk</th><th style='text-align:left'>text</th>"
+            "<th style='text-align:left'>next best</th></tr></thead>"
+            f"<tbody>{rows}</tbody></table><p>{html.escape(self._summary())}</p>"
+        )
+
+    def _summary(self) -> str:
+        noun = "chunk" if len(self.steps) == 1 else "chunks"
+        return (
+            f"{len(self.steps)} {noun} of {self.n_candidates:,}; stopped because "
+            f"{_STOPPED[self.stopped]}."
+        )
+
+    def plot(self, *, width: float = 10.0, bins: int = 1500) -> Figure:
+        """Draw Q over the document, one panel a step.
+
+        Args:
+            width: Width of the figure in inches.
+            bins: Longer documents are drawn by the highest Q in each of so many stretches.
+
+        Returns:
+            A matplotlib figure; ``figure.savefig("steps.png")`` stores it.
+
+        Raises:
+            InvalidInputError: If the Q-values were not kept, or nothing was retrieved.
+            MissingDependencyError: If matplotlib is not installed.
+        """
+        if not self.q_values or not self.steps:
+            raise InvalidInputError(
+                "There are no Q-values to draw; search with keep_q_values=True and a threshold "
+                "that lets at least one step through."
+            )
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingDependencyError(
+                "Drawing needs matplotlib; run: pip install 'qrag-retriever[plot]'"
+            ) from error
+        shown = self.steps[-1].step
+        figure = Figure(figsize=(width, 1.0 + 1.4 * shown), layout="constrained")
+        axes = figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]
+        for number, (axis, q_values) in enumerate(zip(axes, self.q_values, strict=False), start=1):
+            places, highest = _highest_per_bin(self._document_places(), q_values, bins)
+            axis.plot(places, highest, color="0.55", linewidth=0.8)
+            for step in self.steps:
+                if step.step < number:
+                    axis.axvline(step.index, color="tab:blue", linewidth=0.8, linestyle=":")
+                elif step.step == number:
+                    axis.axvline(step.index, color="tab:orange", linewidth=0.8)
+                    axis.plot([step.index], [step.q_value], "o", color="tab:orange")
+                    axis.set_title(
+                        textwrap.shorten(f"{number}. {step.text}", int(width * 11)),
+                        loc="left",
+                        fontsize=9,
+                    )
+            axis.set_ylabel("Q")
+        axes[-1].set_xlabel("chunk, in document order (dotted: found before)")
+        figure.suptitle(textwrap.shorten(self.query, int(width * 9)), fontsize=11)
+        return figure
+
+    def _document_places(self) -> NDArray[np.int64]:
+        if self.candidates is None:
+            return np.arange(self.n_candidates, dtype=np.int64)
+        return self.candidates
+
+
+def _runners_up(step: Step) -> str:
+    return "<br>".join(f"{other.index} ({other.q_value:.3f})" for other in step.runners_up)
+
+
+def _highest_per_bin(
+    places: NDArray[np.int64], values: NDArray[np.float32], bins: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The highest finite value of each of ``bins`` equal stretches, and where it lies."""
+    edges = np.linspace(0, len(values), min(bins, len(values)) + 1).astype(int)[:-1]
+    ends = np.append(edges[1:], len(values))
+    best = [
+        start + int(np.argmax(values[start:end])) for start, end in zip(edges, ends, strict=True)
+    ]
+    heights = values[best]
+    known = np.isfinite(heights)
+    return places[best][known], heights[known]

@@ -1,0 +1,200 @@
+"""Search against brute force over all trajectories of small Q tables."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qrag_retriever.errors import InvalidInputError, QRAGError
+from qrag_retriever.search import Search, SearchOptions, best_actions
+
+
+def q_table(seed: int, n: int, *, by_set: bool):
+    """A Q function: depends on the set (document order) or on the order of what was retrieved."""
+
+    def q_values(retrieved: tuple[int, ...]) -> np.ndarray:
+        key = tuple(sorted(retrieved)) if by_set else retrieved
+        random = np.random.default_rng(zlib.crc32(repr((seed, key)).encode()))
+        return random.normal(size=n).astype(np.float32)
+
+    return q_values
+
+
+def run(n, options, q_values, excluded=(), keep=False) -> Search:
+    search = Search(n, options, excluded, keep_q_values=keep)
+    while not search.done:
+        search.advance(np.stack([q_values(state) for state in search.states]))
+    return search
+
+
+def greedy(n, k, q_values, excluded=(), threshold=-math.inf) -> list[tuple[int, float]]:
+    taken: list[tuple[int, float]] = []
+    while len(taken) < k:
+        q = q_values(tuple(index for index, _ in taken))
+        free = [i for i in range(n) if i not in excluded and i not in [j for j, _ in taken]]
+        if not free:
+            break
+        best = max(free, key=lambda i: (q[i], -i))
+        if q[best] < threshold:
+            break
+        taken.append((best, float(q[best])))
+    return taken
+
+
+@given(
+    seed=st.integers(0, 999),
+    n=st.integers(1, 8),
+    k=st.integers(1, 10),
+    threshold=st.one_of(st.none(), st.floats(-1, 2)),
+    excluded=st.sets(st.integers(0, 7), max_size=3),
+)
+def test_greedy_is_the_argmax_of_every_step(seed, n, k, threshold, excluded):
+    excluded = {index for index in excluded if index < n}
+    q_values = q_table(seed, n, by_set=False)
+    search = run(n, SearchOptions(k=k, q_threshold=threshold), q_values, excluded)
+    expected = greedy(n, k, q_values, excluded, -math.inf if threshold is None else threshold)
+    assert [(pick.index, pick.q_value) for pick in search.best.picks] == expected
+    assert [pick.step for pick in search.best.picks] == list(range(1, len(expected) + 1))
+    if len(expected) == k:
+        assert search.best.stopped == "budget"
+    elif len(expected) == n - len(excluded):
+        assert search.best.stopped == "exhausted"
+    else:
+        assert search.best.stopped == "threshold"
+
+
+@given(seed=st.integers(0, 999), n=st.integers(2, 5), k=st.integers(1, 3), by_set=st.booleans())
+def test_a_wide_beam_finds_the_best_of_all_trajectories(seed, n, k, by_set):
+    q_values = q_table(seed, n, by_set=by_set)
+    k = min(k, n)
+
+    def mean_q(order: tuple[int, ...]) -> float:
+        return sum(float(q_values(order[:t])[order[t]]) for t in range(k)) / k
+
+    best = max(map(mean_q, itertools.permutations(range(n), k)))
+    search = run(n, SearchOptions(k=k, beams=200), q_values)
+    if by_set:  # orders of one set share their future, so merging them loses nothing
+        assert search.best.score == pytest.approx(best, abs=1e-5)
+    else:
+        assert search.best.score <= best + 1e-5
+    assert mean_q(search.best.retrieved) == pytest.approx(search.best.score, abs=1e-5)
+
+
+@given(seed=st.integers(0, 999), beams=st.integers(1, 4), n=st.integers(1, 7))
+def test_no_two_beams_hold_the_same_set(seed, beams, n):
+    search = Search(n, SearchOptions(k=4, beams=beams))
+    q_values = q_table(seed, n, by_set=False)
+    while not search.done:
+        search.advance(np.stack([q_values(state) for state in search.states]))
+        sets = [frozenset(state) for state in search.states]
+        assert len(set(sets)) == len(sets) <= beams
+
+
+@given(seed=st.integers(0, 999), n=st.integers(1, 9), chunks=st.integers(1, 4), k=st.integers(1, 9))
+def test_several_chunks_a_step_are_the_best_of_that_state(seed, n, chunks, k):
+    q_values = q_table(seed, n, by_set=False)
+    search = run(n, SearchOptions(k=k, chunks_per_step=chunks), q_values)
+    before: list[int] = []
+    by_step = itertools.groupby(search.best.picks, key=lambda pick: pick.step)
+    for _, picks in by_step:
+        q = q_values(tuple(before))
+        free = sorted(set(range(n)) - set(before), key=lambda i: (-q[i], i))
+        taken = [pick.index for pick in picks]
+        assert taken == free[: min(chunks, k - len(before))]
+        before.extend(taken)
+    assert len(before) == min(k, n)
+
+
+def test_chunks_below_the_threshold_are_left_out_when_several_are_taken():
+    q = np.array([[0.9, 0.5, 0.1]], dtype=np.float32)
+    search = Search(3, SearchOptions(k=3, chunks_per_step=3, q_threshold=0.3))
+    search.advance(q)
+    assert (search.best.retrieved, search.best.stopped) == ((0, 1), "threshold")
+
+
+def test_a_beam_that_stops_early_competes_by_its_mean():
+    table = {(): [0.9, 0.8], (0,): [0.0, 0.1], (1,): [0.7, 0.0]}
+    search = Search(2, SearchOptions(k=2, beams=2, q_threshold=0.5))
+    while not search.done:
+        search.advance(np.array([table[state] for state in search.states], dtype=np.float32))
+    assert search.best.retrieved == (0,)
+    assert search.best.stopped == "threshold"
+
+
+def test_runners_up_are_the_next_best():
+    search = run(4, SearchOptions(k=1, runners_up=2), lambda _: np.array([3, 1, 2, 0], np.float32))
+    assert search.best.picks[0].runners_up == ((2, 2.0), (1, 1.0))
+
+
+def test_q_values_are_kept_for_every_step():
+    search = run(3, SearchOptions(k=2), lambda _: np.array([3, 1, 2], np.float32), keep=True)
+    np.testing.assert_array_equal(search.best.q_values, [[3, 1, 2], [-np.inf, 1, 2]])
+
+
+def test_sampling_follows_the_soft_policy():
+    q = np.array([0.0, 1.0, 2.0], dtype=np.float32)
+    draws = 4000
+    counts = np.zeros(3)
+    for seed in range(draws):
+        search = run(3, SearchOptions(k=1, temperature=0.7, seed=seed), lambda _: q)
+        counts[search.best.retrieved[0]] += 1
+    expected = np.exp(q / 0.7) / np.exp(q / 0.7).sum()
+    # five standard deviations
+    assert np.all(np.abs(counts / draws - expected) < 5 * np.sqrt(expected / draws))
+
+
+@given(seed=st.integers(0, 99))
+@settings(max_examples=20)
+def test_sampling_is_seeded_and_never_repeats_a_chunk(seed):
+    options = SearchOptions(k=5, temperature=1.0, seed=seed, chunks_per_step=2)
+    first = run(6, options, q_table(seed, 6, by_set=False)).best
+    assert first == run(6, options, q_table(seed, 6, by_set=False)).best
+    assert len(set(first.retrieved)) == 5
+
+
+def test_nothing_to_choose_from():
+    assert Search(0, SearchOptions(k=2)).best.stopped == "exhausted"
+    assert Search(2, SearchOptions(k=2), excluded=[0, 1]).done
+
+
+def test_unknown_q_is_never_taken():
+    q = np.array([[-np.inf, 0.5, -np.inf]], dtype=np.float32)
+    search = Search(3, SearchOptions(k=3))
+    search.advance(q)
+    search.advance(q)
+    assert (search.best.retrieved, search.best.stopped) == ((1,), "exhausted")
+
+
+def test_equal_q_goes_to_the_first():
+    assert best_actions(np.array([1, 2, 2, 2], dtype=np.float32), 2) == [1, 2]
+
+
+def test_nan_is_refused():
+    with pytest.raises(QRAGError, match="NaN"):
+        best_actions(np.array([1.0, np.nan], dtype=np.float32), 1)
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"k": 0}, "k=0"),
+        ({"k": 1.5}, "k=1.5"),
+        ({"k": True}, "k=True"),
+        ({"k": 1, "beams": 0}, "beams=0"),
+        ({"k": 1, "chunks_per_step": 0}, "chunks_per_step=0"),
+        ({"k": 1, "runners_up": -1}, "runners_up=-1"),
+        ({"k": 1, "q_threshold": math.nan}, "q_threshold=nan"),
+        ({"k": 1, "q_threshold": "high"}, "q_threshold='high'"),
+        ({"k": 1, "temperature": 0.0}, "temperature=0.0"),
+        ({"k": 1, "temperature": 1.0, "beams": 2}, "exclude each other"),
+    ],
+)
+def test_settings_out_of_range(settings_, message):
+    with pytest.raises(InvalidInputError, match=message):
+        SearchOptions(**settings_)
