@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from qrag_retriever.errors import InvalidInputError
+from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
 from qrag_retriever.model import check_query
 from qrag_retriever.scoring import score
 from qrag_retriever.search import Beam, Search, SearchOptions
 from qrag_retriever.trajectory import RunnerUp, Step, Trajectory
+
+# embeddings may be mapped read-only, and nothing here writes into them
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", module=__name__)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
     from numpy.typing import NDArray
 
+    from qrag_retriever.ann import AnnIndex
     from qrag_retriever.index import ChunkIndex, Snapshot
     from qrag_retriever.model import QRAGModel
 
@@ -36,7 +41,12 @@ class MultiStepRetriever:
     """
 
     def __init__(self, model: QRAGModel, index: ChunkIndex) -> None:
-        index.check_model(model)
+        if model is not index.model and model.fingerprint != index.fingerprint:
+            raise FingerprintMismatchError(
+                f"The index was made by the model {index.fingerprint[:12]}…, the model given is "
+                f"{model.fingerprint[:12]}…. Search with the model that made the index, or make "
+                "the index again."
+            )
         self.model = model
         self.index = index
 
@@ -114,11 +124,14 @@ class _Run:
         self.model = model
         self.queries = queries
         self.snapshot: Snapshot = index.snapshot()
-        if len(self.snapshot.chunks) == 0:
+        if len(self.snapshot) == 0:
             raise InvalidInputError("The index holds no chunks; add some before searching.")
         self.rows = self.snapshot.select(filter_)
-        self.n = len(self.snapshot.chunks) if self.rows is None else len(self.rows)
+        self.n = len(self.snapshot) if self.rows is None else len(self.rows)
         excluded = self._numbers([self.snapshot.row_of(chunk_id) for chunk_id in exclude_ids])
+        # what an approximate index is asked for besides the chunks already retrieved
+        self.spare = len(excluded) + options.chunks_per_step
+        self.spare += max(options.beams, options.runners_up)
         self.actions = torch.from_numpy(self.snapshot.embeddings)
         self.searches = [
             Search(self.n, options, excluded, keep_q_values=keep_q_values) for _ in queries
@@ -164,6 +177,8 @@ class _Run:
     def _score(
         self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
     ) -> NDArray[np.float32]:
+        if self.snapshot.ann is not None:
+            return self._score_nearest(self.snapshot.ann, states, retrieved)
         config = self.model.config
         return score(
             torch.from_numpy(states),
@@ -173,6 +188,17 @@ class _Run:
             rows=self.rows,
             base=config.rotary_base,
         ).numpy()
+
+    def _score_nearest(
+        self, ann: AnnIndex, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """Exact Q of the chunks an approximate index finds; ``-inf`` for all others."""
+        q_values = np.full((len(states), self.n), -np.inf, dtype=np.float32)
+        count = self.spare + max(map(len, retrieved))
+        found = ann.search(states, count, self.rows)
+        for q, state, rows in zip(q_values, states, found, strict=True):
+            q[self._numbers(rows)] = self.snapshot.embeddings[rows] @ state
+        return q_values
 
     def _chunks_of(self, retrieved: Sequence[int]) -> list[str]:
         in_document_order = self.model.config.state_order == "document"
@@ -188,7 +214,7 @@ class _Run:
             chunk=self._chunk(pick.index),
             index=self._row(pick.index),
             q_value=pick.q_value,
-            position=scheme.position(self.n, before, pick.index),
+            position=float(scheme.positions(self.n, before)[pick.index]),
             runners_up=tuple(
                 RunnerUp(self._chunk(index).id, self._row(index), q) for index, q in pick.runners_up
             ),
@@ -200,10 +226,10 @@ class _Run:
     def _row(self, number: int) -> int:
         return number if self.rows is None else int(self.rows[number])
 
-    def _numbers(self, rows: Sequence[int]) -> list[int]:
+    def _numbers(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
         """Numbers among the candidates of chunks given by row; those filtered out have none."""
         if self.rows is None:
-            return list(rows)
+            return [int(row) for row in rows]
         numbers = np.searchsorted(self.rows, rows)
         return [
             int(number)

@@ -104,9 +104,12 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
             raise _own_error(error) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
         try:
             super().__setattr__(name, value)
         except ValidationError as error:
+            if name in self.__dict__:  # pydantic checks the whole after it has assigned
+                self.__dict__[name] = before
             raise _own_error(error) from error
 
     @model_validator(mode="after")
@@ -253,9 +256,6 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
             document.metadata[self.score_key] = step.q_value
         return document
 
-    def __copy__(self) -> QRAGRetriever:
-        return self.model_copy()
-
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> QRAGRetriever:
         """A retriever of its own over the same index and model."""
         return self.model_copy(
@@ -264,7 +264,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
 
     # pydantic compares by fields and takes the hash away; a retriever is itself
     __eq__ = object.__eq__
-    __hash__ = object.__hash__  # type: ignore[assignment]
+    __hash__ = object.__hash__
 
 
 def _own_error(error: ValidationError) -> QRAGError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import llama_index.core.instrumentation as instrument
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.callbacks import CallbackManager
-from llama_index.core.instrumentation.events.base import BaseEvent
+from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.schema import BaseNode, IndexNode, NodeWithScore, QueryBundle
 from typing_extensions import Self
 
@@ -44,7 +44,7 @@ _DEFAULTS = {
     "filter": None,
 }
 
-_dispatcher = instrument.get_dispatcher(__name__)
+_dispatcher = instrument.get_dispatcher(__name__)  # type: ignore[attr-defined]
 
 
 class QRAGStepEvent(BaseEvent):
@@ -119,7 +119,7 @@ class LlamaIndexHooks(BaseRetriever, RetrieverAdapter):
                 f"Give exactly one of index, nodes and docstore; {len(given)} were given."
             )
         if isinstance(index, ChunkIndex):
-            return cls(index=index, model=model, **settings)
+            return cls(index=index, model=model, **settings)  # type: ignore[call-arg]
         if nodes is None:
             store = index.docstore if docstore is None else docstore
             nodes = list(store.docs.values())

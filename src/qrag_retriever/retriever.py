@@ -42,7 +42,7 @@ class QRAGRetriever(langchain.QRAGRetriever, LlamaIndexHooks):
     verbose: bool = False
 
     @property
-    def _verbose(self) -> bool:
+    def _verbose(self) -> bool:  # type: ignore[override]
         return self.verbose
 
     def get_prompts(self, config: Any = None) -> Any:  # noqa: ARG002

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -69,7 +69,8 @@ class SearchOptions:
                 )
 
 
-class Pick(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pick:
     """One chunk taken: at which step, which one, its Q, and the next best (number, Q)."""
 
     step: int

@@ -6,7 +6,7 @@ import dataclasses
 import html
 import shutil
 import textwrap
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +28,8 @@ _STOPPED = {
 }
 
 
-class RunnerUp(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunnerUp:
     """A chunk that came close: its id, its number in the index, its Q."""
 
     chunk_id: str
@@ -81,7 +82,7 @@ class Step:
             "metadata": dict(self.metadata),
             "q_value": self.q_value,
             "position": self.position,
-            "runners_up": [runner_up._asdict() for runner_up in self.runners_up],
+            "runners_up": [dataclasses.asdict(other) for other in self.runners_up],
         }
 
 
