@@ -200,7 +200,8 @@ class RetrieverAdapter:
 
         Args:
             queries: The questions.
-            on_step: Called with the number of the query and each step as it is taken.
+            on_step: Called with the number of the query and each step, when `stream_search` would
+                give it.
             **overrides: As `search`; ``keep_q_values`` is off.
 
         Returns:
@@ -211,8 +212,14 @@ class RetrieverAdapter:
 
     def stream_search(self, query: str, **overrides: Unpack[SearchOverrides]) -> Iterator[Step]:
         """The steps of `search`, each as soon as it is taken; with several beams at the end."""
+        return (step for _, step in self.stream_search_batch([query], **overrides))
+
+    def stream_search_batch(
+        self, queries: Sequence[str], **overrides: Unpack[SearchOverrides]
+    ) -> Iterator[tuple[int, Step]]:
+        """The steps of `search_batch`, as `stream_search`, each with the number of its query."""
         options, selection = self._call_settings(overrides)
-        return self._engine.stream(query, options, **selection)
+        return self._engine.stream_batch(queries, options, **selection)
 
     def add_texts(
         self,
@@ -276,6 +283,7 @@ class RetrieverAdapter:
             FingerprintMismatchError: If the index was made by another model.
         """
         folder = Path(folder_path).expanduser()
+        saved = _read_settings(folder / _SETTINGS_FILE)
         settings = resolve_aliases({"model": model, **settings})
         given = settings.pop("model")
         if given is None and not (folder / "model").is_dir():
@@ -284,13 +292,6 @@ class RetrieverAdapter:
             )
         loaded = resolve_model(folder / "model" if given is None else given)
         index = ChunkIndex.load(folder / "index", model=loaded)
-        try:
-            saved = json.loads((folder / _SETTINGS_FILE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise IndexFormatError(
-                f"{folder / _SETTINGS_FILE} is missing or damaged ({error}); save the retriever "
-                "again."
-            ) from error
         return cls(index=index, **{**saved, **settings})  # type: ignore[call-arg]
 
     @property
@@ -322,6 +323,19 @@ def known_overrides(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a framework's call arguments that are settings of ours."""
     names = {*_PER_CALL, "similarity_top_k", "filters"}
     return {name: value for name, value in arguments.items() if name in names}
+
+
+def _read_settings(file: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise TypeError("it holds no settings")
+    except (OSError, TypeError, ValueError) as error:
+        raise IndexFormatError(
+            f"{file} is missing or damaged ({error}); give a folder that save_local wrote, or save "
+            "the retriever again."
+        ) from error
+    return saved
 
 
 def step_data(step: Step) -> dict[str, Any]:

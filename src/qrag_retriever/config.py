@@ -79,7 +79,7 @@ class QRAGConfig:
         _require(self.position_span <= self.position_step, self, "position_span")
         _require(_positive(self.rotary_base) and self.rotary_base > 1, self, "rotary_base")
         _require(_positive(self.scale), self, "scale")
-        _require(self.max_steps >= 1, self, "max_steps")
+        _require(_integer(self.max_steps, least=1), self, "max_steps")
         for name in (
             "max_query_tokens",
             "max_chunk_tokens_in_state",
@@ -87,7 +87,9 @@ class QRAGConfig:
             "max_state_tokens",
         ):
             limit = getattr(self, name)
-            _require(limit is None or limit >= 4, self, name)
+            _require(limit is None or _integer(limit, least=4), self, name)
+        for name in ("query_prompt", "chunk_prompt"):
+            _require(isinstance(getattr(self, name), str), self, name)
         _require(self.q_threshold is None or not math.isnan(self.q_threshold), self, "q_threshold")
 
     @property
@@ -161,6 +163,8 @@ _ALLOWED = {
     "state_order": "'document' or 'retrieval'",
     "position_span": "a number above 0 and at most position_step",
     "rotary_base": "a number above 1",
+    "query_prompt": "a text",
+    "chunk_prompt": "a text",
     "max_steps": "an integer of at least 1",
     "q_threshold": "a number or None",
 }
@@ -168,6 +172,10 @@ _ALLOWED = {
 
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
+
+
+def _integer(value: object, least: int) -> bool:
+    return type(value) is int and value >= least
 
 
 def _require(condition: bool, config: QRAGConfig, name: str) -> None:

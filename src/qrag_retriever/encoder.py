@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import threading
 import warnings
 from collections.abc import Sequence
@@ -128,13 +130,15 @@ class Encoder(nn.Module):
             Embeddings, [n, d], in the dtype of the weights.
         """
         tokenizer: Any = self.transformer.tokenizer
-        longest = max(len(ids) for ids in inputs)
+        # No token at all (an empty text, a tokenizer without special tokens) is read as padding:
+        # attention to nothing is not a number.
+        longest = max(1, *map(len, inputs))
         pad = tokenizer.pad_token_id or 0
         ids = torch.full((len(inputs), longest), pad, dtype=torch.long)
         mask = torch.zeros((len(inputs), longest), dtype=torch.long)
         for row, sequence in enumerate(inputs):
             ids[row, : len(sequence)] = torch.as_tensor(sequence, dtype=torch.long)
-            mask[row, : len(sequence)] = 1
+            mask[row, : len(sequence) or 1] = 1
         features: dict[str, Any] = {
             "input_ids": ids.to(self.device),
             "attention_mask": mask.to(self.device),
@@ -182,6 +186,19 @@ class Encoder(nn.Module):
         if len(unique) == len(rows):
             return result
         return result[torch.tensor(rows, device=self.device)]
+
+    def digest(self, **settings: object) -> str:
+        """SHA-256 of the weights, the kinds of modules and these settings."""
+        kinds = [
+            [type(layer).__name__, str(getattr(layer, "pooling_mode", ""))]
+            for layer in list(self.layers)[1:]
+        ]
+        shape = {**settings, "layers": kinds}
+        digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.layers.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def _batches(self, inputs: Sequence[TokenIds], batch_tokens: int | None) -> Iterator[list[int]]:
         if batch_tokens is None:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
-from qrag_retriever.model import check_query
 from qrag_retriever.scoring import score
 from qrag_retriever.search import Beam, Search, SearchOptions
+from qrag_retriever.state import check_query
 from qrag_retriever.trajectory import RunnerUp, Step, Trajectory
 
 # embeddings may be mapped read-only, and nothing here writes into them
@@ -73,8 +73,8 @@ class MultiStepRetriever:
                 counted over these alone.
             exclude_ids: Chunks that are never taken; they keep their place in the document.
             keep_q_values: Keep Q of every candidate at each step, for `Trajectory.plot`.
-            on_step: Called with the number of the query and each step of its leading trajectory
-                as soon as it is known. With several beams another trajectory may win in the end.
+            on_step: Called with the number of the query and each step, as `stream_batch` gives
+                them.
 
         Returns:
             A trajectory for each query.
@@ -83,7 +83,15 @@ class MultiStepRetriever:
             InvalidInputError: If a query is empty, the index holds no chunk, an excluded id is
                 unknown or the filter is malformed.
         """
-        run = _Run(self.model, self.index, queries, options, filter, exclude_ids, keep_q_values)
+        run = _Run(
+            self.model,
+            self.index,
+            queries,
+            options,
+            filter=filter,
+            exclude_ids=exclude_ids,
+            keep_q_values=keep_q_values,
+        )
         while run.advance():
             if on_step is not None:
                 for number, step in run.new_steps():
@@ -91,17 +99,20 @@ class MultiStepRetriever:
         return [run.trajectory(number) for number in range(len(queries))]
 
     def stream(self, query: str, options: SearchOptions, **selection: Any) -> Iterator[Step]:
-        """The steps of one search as they are taken; with several beams, all at the end.
+        """The steps of one search as they are taken; see `stream_batch`."""
+        return (step for _, step in self.stream_batch([query], options, **selection))
 
-        Arguments and errors as `search_batch`.
+    def stream_batch(
+        self, queries: Sequence[str], options: SearchOptions, **selection: Any
+    ) -> Iterator[tuple[int, Step]]:
+        """The steps of several searches, each as soon as it is known, with the query's number.
+
+        A step is known once it is taken; with several beams when the search has ended, since until
+        then another trajectory may win. Arguments and errors as `search_batch`.
         """
-        filter_, exclude_ids = selection.get("filter"), selection.get("exclude_ids", ())
-        run = _Run(self.model, self.index, [query], options, filter_, exclude_ids)
+        run = _Run(self.model, self.index, queries, options, **selection)
         while run.advance():
-            if options.beams == 1:
-                yield from (step for _, step in run.new_steps())
-        if options.beams > 1:
-            yield from run.trajectory(0)
+            yield from run.new_steps()
 
 
 class _Run:
@@ -113,8 +124,9 @@ class _Run:
         index: ChunkIndex,
         queries: Sequence[str],
         options: SearchOptions,
-        filter_: Any,
-        exclude_ids: Collection[str],
+        *,
+        filter: Any = None,
+        exclude_ids: Collection[str] = (),
         keep_q_values: bool = False,
     ) -> None:
         for query in queries:
@@ -126,7 +138,7 @@ class _Run:
         self.snapshot: Snapshot = index.snapshot()
         if len(self.snapshot) == 0:
             raise InvalidInputError("The index holds no chunks; add some before searching.")
-        self.rows = self.snapshot.select(filter_)
+        self.rows = self.snapshot.select(filter)
         self.n = len(self.snapshot) if self.rows is None else len(self.rows)
         excluded = self._numbers([self.snapshot.row_of(chunk_id) for chunk_id in exclude_ids])
         # what an approximate index is asked for besides the chunks already retrieved
@@ -155,12 +167,14 @@ class _Run:
         return True
 
     def new_steps(self) -> Iterator[tuple[int, Step]]:
-        """Steps of the leading trajectories that were not reported before."""
+        """Steps that are certain and were not reported before."""
         for number, search in enumerate(self.searches):
+            if search.options.beams > 1 and not search.done:
+                continue
             picks = search.best.picks
             for place in range(self.reported[number], len(picks)):
                 yield number, self._step(search.best, place)
-            self.reported[number] = max(len(picks), self.reported[number])
+            self.reported[number] = len(picks)
 
     def trajectory(self, number: int) -> Trajectory:
         """The outcome of one search."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import AsyncIterator, Iterator
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForRetrieverRun,
     CallbackManagerForRetrieverRun,
+    adispatch_custom_event,
     dispatch_custom_event,
 )
-from langchain_core.callbacks.manager import CallbackManager
+from langchain_core.callbacks.manager import AsyncCallbackManager, CallbackManager
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableConfig, ensure_config
@@ -32,6 +32,8 @@ from qrag_retriever.model import QRAGModel
 from qrag_retriever.trajectory import Step
 
 STEP_EVENT = "qrag_step"
+
+_T = TypeVar("_T")
 
 
 class QRAGRetriever(BaseRetriever, RetrieverAdapter):
@@ -107,9 +109,11 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         before = self.__dict__.get(name)
         try:
             super().__setattr__(name, value)
-        except ValidationError as error:
+        except (ValidationError, QRAGError) as error:
             if name in self.__dict__:  # pydantic checks the whole after it has assigned
                 self.__dict__[name] = before
+            if isinstance(error, QRAGError):
+                raise
             raise _own_error(error) from error
 
     @model_validator(mode="after")
@@ -120,25 +124,20 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
-        [trajectory] = self.search_batch(
-            [query],
-            on_step=lambda _, step: _report(run_manager, step),
-            **known_overrides(arguments),
-        )
-        return [self._document(step) for step in trajectory]
+        documents = []
+        for step in self.stream_search(query, **known_overrides(arguments)):
+            _report(run_manager, step)
+            documents.append(self._document(step))
+        return documents
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
-        return await run_in_executor(
-            None,
-            partial(
-                self._get_relevant_documents,
-                query,
-                run_manager=run_manager.get_sync(),
-                **arguments,
-            ),
-        )
+        documents = []
+        async for step in _in_threads(self.stream_search(query, **known_overrides(arguments))):
+            await _areport(run_manager, step)
+            documents.append(self._document(step))
+        return documents
 
     def batch(
         self,
@@ -163,17 +162,15 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
             return super().batch(inputs, config, return_exceptions=True, **kwargs)
         configs = get_config_list(config, len(inputs))
         runs = [self._open_run(query, own) for query, own in zip(inputs, configs, strict=True)]
+        results: list[list[Document]] = [[] for _ in inputs]
         try:
-            trajectories = self.search_batch(
-                inputs,
-                on_step=lambda number, step: _report(runs[number], step),
-                **known_overrides(kwargs),
-            )
+            for number, step in self.stream_search_batch(inputs, **known_overrides(kwargs)):
+                _report(runs[number], step)
+                results[number].append(self._document(step))
         except BaseException as error:
             for run in runs:
                 run.on_retriever_error(error)
             raise
-        results = [[self._document(step) for step in trajectory] for trajectory in trajectories]
         for run, documents in zip(runs, results, strict=True):
             run.on_retriever_end(documents)
         return results
@@ -186,11 +183,25 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[list[Document]]:
-        """As `batch`, in a thread."""
-        return await run_in_executor(
-            None,
-            partial(self.batch, inputs, config, return_exceptions=return_exceptions, **kwargs),
-        )
+        """As `batch`, each step in a thread."""
+        if return_exceptions:
+            return await super().abatch(inputs, config, return_exceptions=True, **kwargs)
+        configs = get_config_list(config, len(inputs))
+        pairs = zip(inputs, configs, strict=True)
+        runs = [await self._aopen_run(query, own) for query, own in pairs]
+        results: list[list[Document]] = [[] for _ in inputs]
+        try:
+            steps = self.stream_search_batch(inputs, **known_overrides(kwargs))
+            async for number, step in _in_threads(steps):
+                await _areport(runs[number], step)
+                results[number].append(self._document(step))
+        except BaseException as error:
+            for run in runs:
+                await run.on_retriever_error(error)
+            raise
+        for run, documents in zip(runs, results, strict=True):
+            await run.on_retriever_end(documents)
+        return results
 
     def stream(
         self, input: str, config: RunnableConfig | None = None, **kwargs: Any
@@ -227,28 +238,52 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         self, input: str, config: RunnableConfig | None = None, **kwargs: Any | None
     ) -> AsyncIterator[list[Document]]:
         """As `stream`, each step in a thread."""
-        steps = self.stream(input, config, **kwargs)
-        while (documents := await run_in_executor(None, next, steps, None)) is not None:
-            yield documents
+        run = await self._aopen_run(input, config)
+        documents: list[Document] = []
+        try:
+            async for step in _in_threads(self.stream_search(input, **known_overrides(kwargs))):
+                await _areport(run, step)
+                documents.append(self._document(step))
+                yield documents[-1:]
+            if not documents:
+                yield []
+        except GeneratorExit:
+            await run.on_retriever_end(documents)
+            raise
+        except BaseException as error:
+            await run.on_retriever_error(error)
+            raise
+        else:
+            await run.on_retriever_end(documents)
 
     def _open_run(
         self, query: str, config: RunnableConfig | None
     ) -> CallbackManagerForRetrieverRun:
         """Tell the callbacks that a retrieval starts, as `BaseRetriever.invoke` does."""
+        callbacks, names = self._run_settings(config)
+        return CallbackManager.configure(**callbacks).on_retriever_start(None, query, **names)
+
+    async def _aopen_run(
+        self, query: str, config: RunnableConfig | None
+    ) -> AsyncCallbackManagerForRetrieverRun:
+        callbacks, names = self._run_settings(config)
+        manager = AsyncCallbackManager.configure(**callbacks)
+        return await manager.on_retriever_start(None, query, **names)
+
+    def _run_settings(self, config: RunnableConfig | None) -> tuple[dict[str, Any], dict[str, Any]]:
         config = ensure_config(config)
-        manager = CallbackManager.configure(
-            config.get("callbacks"),
-            inheritable_tags=config.get("tags"),
-            local_tags=self.tags,
-            inheritable_metadata={**(config.get("metadata") or {}), **self._get_ls_params()},
-            local_metadata=self.metadata,
-        )
-        return manager.on_retriever_start(
-            {},
-            query,
-            name=config.get("run_name") or self.get_name(),
-            run_id=config.get("run_id"),
-        )
+        callbacks = {
+            "inheritable_callbacks": config.get("callbacks"),
+            "inheritable_tags": config.get("tags"),
+            "local_tags": self.tags,
+            "inheritable_metadata": {**(config.get("metadata") or {}), **self._get_ls_params()},
+            "local_metadata": self.metadata,
+        }
+        names = {
+            "name": config.get("run_name") or self.get_name(),
+            "run_id": config.get("run_id"),
+        }
+        return callbacks, names
 
     def _document(self, step: Step) -> Document:
         document = document_from_chunk(step.chunk)
@@ -285,3 +320,13 @@ def _own_error(error: ValidationError) -> QRAGError:
 
 def _report(run: CallbackManagerForRetrieverRun, step: Step) -> None:
     dispatch_custom_event(STEP_EVENT, step_data(step), config={"callbacks": run.get_child()})
+
+
+async def _areport(run: AsyncCallbackManagerForRetrieverRun, step: Step) -> None:
+    await adispatch_custom_event(STEP_EVENT, step_data(step), config={"callbacks": run.get_child()})
+
+
+async def _in_threads(items: Iterator[_T]) -> AsyncIterator[_T]:
+    """Items that each take a while to make; meanwhile the event loop goes on."""
+    while (item := await run_in_executor(None, next, items, None)) is not None:
+        yield item

@@ -21,11 +21,12 @@ from qrag_retriever.adapter import (
     SEARCH_SETTINGS,
     RetrieverAdapter,
     fill_in,
+    resolve_aliases,
     step_data,
 )
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.index import ChunkIndex
-from qrag_retriever.model import QRAGModel
+from qrag_retriever.model import QRAGModel, resolve_model
 from qrag_retriever.nodes import node_from_chunk
 from qrag_retriever.search import SearchOptions
 
@@ -119,10 +120,19 @@ class LlamaIndexHooks(BaseRetriever, RetrieverAdapter):
                 f"Give exactly one of index, nodes and docstore; {len(given)} were given."
             )
         if isinstance(index, ChunkIndex):
-            return cls(index=index, model=model, **settings)  # type: ignore[call-arg]
+            settings = resolve_aliases({"model": model, **settings})
+            if settings["model"] is not None:
+                settings["model"] = resolve_model(settings["model"])
+            return cls(index=index, **settings)  # type: ignore[call-arg]
         if nodes is None:
-            store = index.docstore if docstore is None else docstore
-            nodes = list(store.docs.values())
+            store = docstore if index is None else getattr(index, "docstore", None)
+            docs = getattr(store, "docs", None)
+            if docs is None:
+                raise InvalidInputError(
+                    f"A {type(given[0]).__name__} holds no nodes; index is a ChunkIndex or a "
+                    "LlamaIndex index, docstore a LlamaIndex docstore."
+                )
+            nodes = list(docs.values())
         if not nodes:
             raise InvalidInputError(
                 "There are no nodes: an index over an outer vector store keeps none in its "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +17,7 @@ from qrag_retriever import model_files
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.encoder import Encoder, WarnOnce, is_normalized, with_pooling
 from qrag_retriever.errors import ConfigError, InvalidInputError, TruncationWarning
-from qrag_retriever.state import StateLayout
+from qrag_retriever.state import StateLayout, check_chunks, check_query
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -221,22 +219,10 @@ class QRAGModel(nn.Module):
         """
         if self._kept_fingerprint is not None:
             return self._kept_fingerprint
-        digest = hashlib.sha256()
-        config, layers = self.config, self.action_encoder.layers
-        shape = {
-            "prompt": config.chunk_prompt,
-            "scale": config.scale,
-            "limit": self._chunk_limit,
-            "layers": [
-                [type(layer).__name__, str(getattr(layer, "pooling_mode", ""))]
-                for layer in list(layers)[1:]
-            ],
-        }
-        digest.update(json.dumps(shape, sort_keys=True, default=str).encode())
-        for name, tensor in sorted(layers.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        config = self.config
+        return self.action_encoder.digest(
+            prompt=config.chunk_prompt, scale=config.scale, limit=self._chunk_limit
+        )
 
     def place(self, device: str | None = None, dtype: DType = "float32") -> QRAGModel:
         """Move to a device and a precision; ``None`` stands for a GPU if there is one.
@@ -270,7 +256,7 @@ class QRAGModel(nn.Module):
             Embeddings, float32 [n, d], ``scale`` included.
 
         Raises:
-            InvalidInputError: If a query is empty or not a text.
+            InvalidInputError: If a query is empty, or it or a chunk is not a text.
         """
         if len(states) == 0:
             return np.empty((0, self.dimension), dtype=np.float32)
@@ -317,6 +303,7 @@ class QRAGModel(nn.Module):
         texts: list[str] = []
         for query, chunks in states:
             check_query(query)
+            check_chunks(chunks)
             texts.append(self.config.query_prompt + query)
             texts.extend(chunks)
         tokens = iter(self.state_encoder.tokenize(texts))
@@ -336,9 +323,7 @@ class QRAGModel(nn.Module):
 
     def action_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of chunks, for `action_encoder`. Arguments and errors as `encode_actions`."""
-        for text in texts:
-            if not isinstance(text, str):
-                raise InvalidInputError(f"A chunk is a str, not {type(text).__name__}.")
+        check_chunks(texts)
         encoder, prompt = self.action_encoder, self.config.chunk_prompt
         tokens = encoder.tokenize([prompt + text for text in texts], allow_special=True)
         room = self._chunk_limit - len(encoder.prefix) - len(encoder.suffix)
@@ -410,15 +395,3 @@ def resolve_model(model: QRAGModel | str | Path | None) -> QRAGModel:
     if model_files.is_qrag_model(model):
         return QRAGModel.from_pretrained(model)
     return QRAGModel.from_encoder(model)
-
-
-def check_query(query: object) -> None:
-    """Refuse a query that is empty or no text.
-
-    Raises:
-        InvalidInputError: If it is.
-    """
-    if not isinstance(query, str):
-        raise InvalidInputError(f"A query is a str, not {type(query).__name__}.")
-    if not query.strip():
-        raise InvalidInputError("The query is empty; give a question.")

@@ -21,7 +21,7 @@ from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError, UnsafeModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
@@ -88,7 +88,7 @@ def load_embedder(
         ModelFormatError: If there is no such embedder, or its files are unusable.
         UnsafeModelError: If its folder asks for code to be run and that is not allowed.
     """
-    name = str(encoder or offline.DEFAULT_ENCODER)
+    name = str(Path(encoder or offline.DEFAULT_ENCODER).expanduser())
     if name == offline.DEFAULT_ENCODER and offline.is_installed():
         name = str(offline.minilm_folder())
     if Path(name, CONFIG_FILE).is_file():
@@ -172,7 +172,8 @@ def load(
         UnsafeModelError: If the folder holds code or pickles and that is not allowed.
         ConfigError: If a setting is unknown or out of range.
     """
-    config = QRAGConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    text = (folder / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
+    config = QRAGConfig.from_json(text)
     if not trust_remote_code:
         _refuse_code(folder)
     try:
@@ -206,19 +207,20 @@ def save(model: SentenceTransformer, config: QRAGConfig, folder: Path) -> Path:
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
     try:
         _write(model, config, new, name=folder.name)
         new.chmod(0o755)
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
             folder.replace(old)  # an empty folder may be replaced
-            new.replace(folder)
-            shutil.rmtree(old)
-        else:
-            new.replace(folder)
+        new.replace(folder)
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        if not folder.exists() and any(old.iterdir()):
+            old.replace(folder)
         raise
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -228,8 +230,8 @@ def push(
     """Upload a model folder to the hub and return the commit's address."""
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        _write(model, config, Path(folder), name=repo_id)
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        _write(model, config, Path(folder), name=repository.repo_id)
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=folder, commit_message="Upload Q-RAG model"
         )
@@ -273,19 +275,18 @@ def _refuse_custom_classes(folder: Path) -> None:
                 )
 
 
-def _custom_classes(file: Path) -> Iterator[str]:
+def _custom_classes(file: Path) -> list[str]:
     try:
         content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if isinstance(content, list):
+            own, types = [], [module["type"] for module in content]
+        else:
+            own = list((content.get("auto_map") or {}).values())
+            types = list((content.get("types") or {}).values())
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise ModelFormatError(f"{file} is damaged: {error}. Copy or download it again.") from error
-    if isinstance(content, list):
-        types = [module.get("type", "") for module in content]
-    else:
-        yield from map(str, (content.get("auto_map") or {}).values())
-        types = list((content.get("types") or {}).values())
-    for name in types:
-        if not str(name).startswith("sentence_transformers."):
-            yield str(name)
+    own += [name for name in types if not str(name).startswith("sentence_transformers.")]
+    return list(map(str, own))
 
 
 def _check_weights(folder: Path, routes: Mapping[str, Sequence[nn.Module]]) -> None:

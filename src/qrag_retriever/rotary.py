@@ -65,6 +65,8 @@ def turn(vectors: Tensor, rotation: Tensor) -> Tensor:
     """Rotate ``vectors [..., d]`` by what :func:`phases` returned, ``[..., d / 4]``."""
     # Complex arithmetic, because it is several times as fast as sums of cosines and sines.
     wide = vectors if vectors.dtype == torch.float64 else vectors.float()
+    if wide.storage_offset() % 2:  # no complex number may begin there
+        wide = wide.clone()
     pairs = torch.view_as_complex(torch.unflatten(wide.contiguous(), -1, (2, -1, 2)))
     turned = pairs * rotation[..., None, :].to(pairs.dtype)
     return torch.view_as_real(turned).flatten(-3).to(vectors.dtype)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
+from qrag_retriever.errors import InvalidInputError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -74,11 +76,11 @@ def shorten_evenly(lengths: Sequence[int], budget: int) -> list[int]:
         budget: Most the parts may have together; at least their number.
 
     Returns:
-        New lengths: unchanged below the limit, the limit (for the first few one more) above it.
+        New lengths: unchanged below the limit, the limit (for the longest few one more) above it.
 
     Example:
         >>> shorten_evenly([3, 50, 80], budget=40)
-        [3, 19, 18]
+        [3, 18, 19]
     """
     if sum(lengths) <= budget:
         return list(lengths)
@@ -90,6 +92,31 @@ def shorten_evenly(lengths: Sequence[int], budget: int) -> list[int]:
         result[part] = min(lengths[part], share)
         left -= result[part]
     return result
+
+
+def check_query(query: object) -> None:
+    """Refuse a query that is empty or no text.
+
+    Raises:
+        InvalidInputError: If it is.
+    """
+    if not isinstance(query, str):
+        raise InvalidInputError(f"A query is a str, not {type(query).__name__}.")
+    if not query.strip():
+        raise InvalidInputError("The query is empty; give a question.")
+
+
+def check_chunks(texts: Sequence[object]) -> None:
+    """Refuse chunks that are no texts.
+
+    Raises:
+        InvalidInputError: If one is not, or a single text stands for the list of them.
+    """
+    if isinstance(texts, str):
+        raise InvalidInputError("Chunks are a list of str, not a single str; put it in a list.")
+    for text in texts:
+        if not isinstance(text, str):
+            raise InvalidInputError(f"A chunk is a str, not {type(text).__name__}.")
 
 
 def _content(limit: int | None, specials: int) -> int | None:

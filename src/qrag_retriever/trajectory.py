@@ -209,10 +209,12 @@ class Trajectory:
                         textwrap.shorten(f"{number}. {step.text}", int(width * 11)),
                         loc="left",
                         fontsize=9,
+                        parse_math=False,
                     )
             axis.set_ylabel("Q")
         axes[-1].set_xlabel("chunk, in document order (dotted: found before)")
-        figure.suptitle(textwrap.shorten(self.query, int(width * 9)), fontsize=11)
+        title = textwrap.shorten(self.query, int(width * 9))
+        figure.suptitle(title, fontsize=11, parse_math=False)
         return figure
 
     def _document_places(self) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""A stand-in for QRAGModel: texts become vectors by hashing, and every text asked for is counted."""
+"""A stand-in for QRAGModel: hashes texts to vectors and counts those it was asked to embed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,18 @@ class FakeModel:
         self.config = QRAGConfig(positions=positions)
         self.fingerprint = fingerprint
         self.encoded: list[str] = []
-        self.spoil: Callable[[np.ndarray], object] = lambda vectors: vectors
+        self.spoil: Callable[[np.ndarray], object] | None = None  # what it returns instead
 
     def encode_actions(self, texts: Sequence[str], *, show_progress: bool = False) -> np.ndarray:
         self.encoded.extend(texts)
-        vectors = [vector(text, self.dimension) for text in texts]
-        return self.spoil(np.array(vectors, dtype=np.float32).reshape(len(texts), self.dimension))
+        vectors = vectors_of(texts, self.dimension)
+        return vectors if self.spoil is None else self.spoil(vectors)
 
 
-def vector(text: str, dimension: int = 8) -> np.ndarray:
-    """The embedding the fake gives a text, float32 [dimension]."""
-    seed = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
-    return np.random.default_rng(list(seed)).standard_normal(dimension).astype(np.float32)
+def vectors_of(texts: Sequence[str], dimension: int = 8) -> np.ndarray:
+    """The embeddings the fake gives to texts, float32 [n, dimension]."""
+    vectors = np.empty((len(texts), dimension), dtype=np.float32)
+    for row, text in enumerate(texts):
+        digest = hashlib.shake_256(text.encode("utf-8", "surrogatepass")).digest(dimension)
+        vectors[row] = np.frombuffer(digest, dtype=np.int8)
+    return vectors / 64

@@ -1,0 +1,177 @@
+"""What one retrieval step costs beside a bare scan, ``matrix @ vector``, of the same matrix.
+
+    python examples/benchmarks/scoring.py --json examples/benchmarks/results/scoring.json
+
+Time: every case and the bare scan take turns, and medians are compared. Memory: the process's
+peak resident size (VmHWM, reset through /proc/self/clear_refs, so on Linux only) during the case's
+first call, less its resident size before; result and all temporaries count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import datetime as dt
+import json
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from qrag_retriever.positions import PositionScheme
+from qrag_retriever.scoring import score
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SCHEMES = {
+    "truncated": PositionScheme("relative", truncate=True),
+    "continuous": PositionScheme("relative"),
+    "absolute": PositionScheme("absolute"),
+    "none": PositionScheme("none"),
+}
+
+
+class Case(NamedTuple):
+    """One way to call ``score``."""
+
+    positions: str
+    states: int
+    retrieved: int
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures to a file if asked to."""
+    options = parse()
+    torch.manual_seed(options.seed)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    matrix = torch.randn(options.chunks, options.dimension)
+    cases = [
+        Case(positions, states, retrieved)
+        for positions in SCHEMES
+        for states in options.states
+        for retrieved in (options.retrieved if SCHEMES[positions].mode == "relative" else [0])
+    ]
+    calls = {case: step(case, matrix, options.seed) for case in cases}
+    memory = {case: peak(call, matrix.nbytes) for case, call in calls.items()}
+    vector = torch.randn(options.dimension)
+    times = take_turns({None: lambda: matrix @ vector, **calls}, options.repetitions)
+    bare = times.pop(None)
+    figures = [
+        {
+            **case._asdict(),
+            "milliseconds": round(1e3 * seconds, 2),
+            "times_bare_scan": round(seconds / bare, 3),
+            "peak_share_of_matrix": memory[case],
+        }
+        for case, seconds in times.items()
+    ]
+    show(figures, bare, matrix)
+    if options.json:
+        report = {
+            "command": " ".join(["python", *sys.argv]),
+            "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
+            "machine": machine(),
+            "seed": options.seed,
+            "matrix": {"chunks": options.chunks, "dimension": options.dimension, "type": "float32"},
+            "repetitions": options.repetitions,
+            "bare_scan_milliseconds": round(1e3 * bare, 2),
+            "figures": figures,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chunks", type=int, default=400_000)
+    parser.add_argument("--dimension", type=int, default=384)
+    parser.add_argument("--states", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--retrieved", type=int, nargs="+", default=list(range(7)))
+    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    return parser.parse_args()
+
+
+def step(case: Case, matrix: torch.Tensor, seed: int) -> Callable[[], torch.Tensor]:
+    """A call that scores the whole matrix once."""
+    random = np.random.default_rng(seed)
+    states = torch.randn(case.states, matrix.shape[1])
+    retrieved = [
+        random.choice(len(matrix), case.retrieved, replace=False).tolist()
+        for _ in range(case.states)
+    ]
+    return lambda: score(states, matrix, retrieved, SCHEMES[case.positions])
+
+
+def take_turns(calls: dict[Any, Callable[[], torch.Tensor]], repetitions: int) -> dict[Any, float]:
+    """Median seconds of each call; a round calls each once, the first round does not count."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def peak(call: Callable[[], torch.Tensor], whole: int) -> float | None:
+    """What a call adds to the peak resident size, as a share; ``None`` where it cannot be read."""
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed earlier must not hide what is taken now
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    call()
+    return round((resident("VmHWM") - before) / whole, 4)
+
+
+def resident(field: str) -> int:
+    """A line of /proc/self/status, in bytes."""
+    return 1024 * int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on."""
+    try:
+        processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
+    except (OSError, IndexError):
+        processor = platform.processor()
+    return {
+        "processor": processor,
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def show(figures: list[dict[str, Any]], bare: float, matrix: torch.Tensor) -> None:
+    """Print one line per case."""
+    shape = " x ".join(f"{size:,}" for size in matrix.shape)
+    print(f"bare scan of {shape} float32: {1e3 * bare:.1f} ms\n")
+    print("positions   states  retrieved      ms  x bare  peak memory, % of matrix")
+    for row in figures:
+        share = row["peak_share_of_matrix"]
+        print(
+            f"{row['positions']:10}  {row['states']:6}  {row['retrieved']:9}  "
+            f"{row['milliseconds']:6.1f}  {row['times_bare_scan']:6.2f}  "
+            + ("-" if share is None else f"{100 * share:.1f}")
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The book the examples read: Treasure Island (R. L. Stevenson, 1883, public domain), in chunks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+BOOK = Path(__file__).parent / "data" / "treasure_island.txt"
+QUESTION = "What treasure did Ben Gunn carry away, and where did he hide it?"
+
+
+def read_chunks(file: Path = BOOK, words: int = 70) -> list[str]:
+    """Split a text into chunks of whole sentences, each of at least so many words."""
+    text = " ".join(file.read_text(encoding="utf-8").split())
+    chunks, current = [], ""
+    for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"'])\s+", text):
+        current = f"{current} {sentence}".strip()
+        if len(current.split()) >= words:
+            chunks.append(current)
+            current = ""
+    return [*chunks, current] if current else chunks

@@ -1,0 +1,366 @@
+"""The corpus: chunks and their action embeddings, in document order."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qrag_retriever.ann import AnnKind, check_ann
+from qrag_retriever.chunk import Chunk, to_chunks
+from qrag_retriever.chunk_store import MemoryChunks
+from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
+from qrag_retriever.snapshot import Snapshot
+from qrag_retriever.storage import IndexContent, read_index, write_index
+from qrag_retriever.vectors import checked_vectors, extended
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from qrag_retriever.chunk_store import ChunkSequence
+    from qrag_retriever.model import QRAGModel
+
+    _Vectors = NDArray[np.float32]
+
+__all__ = ["ChunkIndex", "Snapshot"]
+
+
+class ChunkIndex:
+    """Chunks with the embeddings that the action encoder E_a gives them.
+
+    The order of the chunks is that of the document: new chunks come last, a changed chunk keeps its
+    place. All methods may be called from several threads; a reader takes a :meth:`snapshot`, which
+    no later change touches. ``copy`` and ``deepcopy`` give the index itself. The pickle of an index
+    that is as it was saved names the folder; any other holds the whole corpus. Both hold the model.
+
+    Args:
+        model: Embeds the chunks; an index belongs to one model.
+        ann: ``"none"``: every search looks at every chunk; ``"flat"`` or ``"hnsw"``: a FAISS index
+            proposes candidates, for models without positions only. It is built when first needed,
+            and again after a change.
+
+    Raises:
+        ConfigError: If ``ann`` is unknown or the model has positions.
+
+    Attributes:
+        model: The model given.
+        ann: The kind of FAISS index, or ``"none"``.
+        fingerprint: Of the model, when the index was made.
+    """
+
+    def __init__(self, model: QRAGModel, *, ann: AnnKind = "none") -> None:
+        check_ann(ann, model.config)
+        self.model = model
+        self.ann: AnnKind = ann
+        self.fingerprint = model.fingerprint
+        self._lock = threading.RLock()  # held while the index changes
+        self._saved: tuple[str, int] | None = None  # where, and which version
+        nothing = np.empty((0, model.dimension), dtype=np.float32)
+        self._snapshot = self._view(MemoryChunks(), nothing, 0)
+
+    @classmethod
+    def from_texts(
+        cls,
+        texts: Iterable[str],
+        metadatas: Iterable[Mapping[str, Any] | None] | None = None,
+        ids: Iterable[str | None] | None = None,
+        *,
+        model: QRAGModel,
+        ann: AnnKind = "none",
+        show_progress: bool = False,
+    ) -> ChunkIndex:
+        """Make an index of texts.
+
+        Args:
+            texts: The chunks in document order; equal texts are all kept and embedded once.
+            metadatas: One mapping per text, for filters.
+            ids: One id per text; by default made from the text, the same in every run.
+            model: Embeds the chunks.
+            ann: See the class.
+            show_progress: Show a progress bar.
+
+        Raises:
+            InvalidInputError: See :meth:`add`.
+        """
+        index = cls(model, ann=ann)
+        index.add(texts, metadatas=metadatas, ids=ids, show_progress=show_progress)
+        return index
+
+    @classmethod
+    def from_documents(
+        cls,
+        items: Iterable[object],
+        *,
+        model: QRAGModel,
+        ann: AnnKind = "none",
+        show_progress: bool = False,
+    ) -> ChunkIndex:
+        """Make an index of Documents, nodes, chunks and texts, in any mix.
+
+        Raises:
+            InvalidInputError: See :meth:`add`.
+        """
+        index = cls(model, ann=ann)
+        index.add(items, show_progress=show_progress)
+        return index
+
+    @classmethod
+    def from_embeddings(
+        cls,
+        items: Iterable[object],
+        embeddings: NDArray[Any],
+        *,
+        model: QRAGModel,
+        ann: AnnKind = "none",
+    ) -> ChunkIndex:
+        """Make an index of chunks whose embeddings are known already.
+
+        Args:
+            items: As for :meth:`from_documents`.
+            embeddings: What ``model.encode_actions`` gives for them, ``[N, d]``.
+            model: The model that made them.
+            ann: See the class.
+
+        Raises:
+            InvalidInputError: If the embeddings have another shape or are not finite, and see
+                :meth:`add`.
+        """
+        index = cls(model, ann=ann)
+        chunks = to_chunks(items)
+        vectors = checked_vectors(embeddings, (len(chunks), model.dimension), "embeddings")
+        index._put(MemoryChunks(), {}, chunks, [], vectors)
+        return index
+
+    def add(
+        self,
+        items: Iterable[object],
+        *,
+        metadatas: Iterable[Mapping[str, Any] | None] | None = None,
+        ids: Iterable[str | None] | None = None,
+        show_progress: bool = False,
+    ) -> list[str]:
+        """Add chunks at the end, or change those whose ids are there already.
+
+        A chunk with a known id replaces the one there, in its place; if nothing about it differs,
+        nothing happens. A text that the index holds is not embedded again. If anything fails, the
+        index stays as it was. The first change to a loaded index brings its chunks into memory.
+
+        Args:
+            items: Texts, Documents, nodes or chunks, in any mix.
+            metadatas: One mapping per item; only for texts.
+            ids: One id per item, in place of its own; an item without any gets one made from its
+                text, always a new one: it is appended, even if the index holds the same text.
+            show_progress: Show a progress bar.
+
+        Returns:
+            The ids of all items, in their order.
+
+        Raises:
+            InvalidInputError: If an item cannot be used, an id is given twice, lengths differ, or
+                the model returns something other than finite vectors of its dimension.
+            FingerprintMismatchError: If the model was changed since the index was made.
+        """
+        with self._lock:
+            old = self._in_memory()
+            chunks = to_chunks(
+                items, metadatas=metadatas, ids=ids, taken=lambda id_: old.find(id_) is not None
+            )
+            appended, changed = [], {}
+            for chunk in chunks:
+                row = old.find(chunk.id)
+                if row is None:
+                    appended.append(chunk)
+                elif old[row] != chunk:
+                    changed[row] = chunk
+            reworded = [row for row, chunk in changed.items() if not _reads_same(old[row], chunk)]
+            vectors = self._embed(
+                old, [*(changed[row] for row in reworded), *appended], show_progress
+            )
+            if appended or changed:
+                self._put(old, changed, appended, reworded, vectors)
+        return [chunk.id for chunk in chunks]
+
+    def delete(self, ids: Iterable[str]) -> None:
+        """Remove chunks; those behind them move up.
+
+        Args:
+            ids: Ids of chunks in the index.
+
+        Raises:
+            InvalidInputError: If an id is not in the index. Nothing is removed then.
+        """
+        if isinstance(ids, str):
+            raise InvalidInputError(f"Give a list of ids; got the one string {ids!r}.")
+        with self._lock:
+            old = self._in_memory()
+            found = [(id_, old.find(id_)) for id_ in ids]
+            unknown = [id_ for id_, row in found if row is None]
+            if unknown:
+                raise InvalidInputError(
+                    f"No chunk has the id {', '.join(map(repr, unknown[:10]))}"
+                    f"{' …' if len(unknown) > 10 else ''}; nothing was deleted."
+                )
+            removed = {row for _, row in found}
+            if removed:
+                kept = [row for row in range(len(old)) if row not in removed]
+                chunks = (old[row] for row in kept)
+                self._publish(MemoryChunks(chunks), self._snapshot.embeddings[kept])
+
+    def snapshot(self) -> Snapshot:
+        """The chunks and embeddings of this moment; the same object until the index changes."""
+        return self._snapshot
+
+    def select(self, filter: object = None) -> NDArray[np.int64] | None:
+        """Rows of the current snapshot that pass a filter, see :meth:`Snapshot.select`."""
+        return self._snapshot.select(filter)
+
+    def row_of(self, id_: str) -> int:
+        """Row in the current snapshot of the chunk with an id, see :meth:`Snapshot.row_of`."""
+        return self._snapshot.row_of(id_)
+
+    def save(self, path: str | Path) -> None:
+        """Save the index in a folder, in place of the index that may be there.
+
+        Until the very end the folder holds the old index, from then on the new one, whatever
+        happens; processes that have loaded the old one keep it.
+
+        Args:
+            path: A new or empty folder, or one with an index.
+
+        Raises:
+            InvalidInputError: If the folder holds something else, or a chunk's metadata is not
+                JSON. Nothing is written then. (Tuples are saved as lists.)
+        """
+        snapshot = self._snapshot
+        ann = snapshot.ann if self.ann == "hnsw" else None
+        content = IndexContent(
+            chunks=snapshot.chunks,
+            embeddings=snapshot.embeddings,
+            fingerprint=self.fingerprint,
+            ann_kind=self.ann,
+            ann=None if ann is None else ann.to_bytes(),
+        )
+        write_index(Path(path), content)
+        self._saved = (str(Path(path).resolve()), snapshot.version)
+
+    @classmethod
+    def load(cls, path: str | Path, *, model: QRAGModel, verify: bool = False) -> ChunkIndex:
+        """Open a saved index. Texts are read and embeddings mapped when they are needed.
+
+        Args:
+            path: The folder.
+            model: The model that made the index.
+            verify: Read all of it once and compare checksums. Otherwise the sizes of all files and
+                the headers are checked.
+
+        Raises:
+            IndexFormatError: If there is no index, or it is damaged or of another version.
+            FingerprintMismatchError: If another model made it.
+        """
+        content = read_index(Path(path), verify=verify)
+        if content.fingerprint != model.fingerprint:
+            raise FingerprintMismatchError(
+                f"The index in {path} was made by the model with fingerprint "
+                f"{content.fingerprint}; the model given has {model.fingerprint}. Load that model, "
+                "or build the index again with this one."
+            )
+        dimension = content.embeddings.shape[1]
+        if dimension != model.dimension:
+            raise IndexFormatError(
+                f"The index in {path} has embeddings of {dimension} dimensions, the model of "
+                f"{model.dimension}. Build the index again."
+            )
+        index = cls(model, ann=content.ann_kind)
+        index._snapshot = index._view(content.chunks, content.embeddings, 0, content.ann)
+        index._saved = (str(Path(path).resolve()), 0)
+        return index
+
+    def _in_memory(self) -> MemoryChunks:
+        chunks = self._snapshot.chunks
+        return chunks if isinstance(chunks, MemoryChunks) else MemoryChunks(chunks)
+
+    def _embed(self, old: MemoryChunks, chunks: list[Chunk], show_progress: bool) -> _Vectors:
+        """Embeddings of chunks: those of equal texts in the index, the rest from the model."""
+        known = [old.find_text(chunk.embed_text) for chunk in chunks]
+        new: dict[str, int] = {}
+        for chunk, row in zip(chunks, known, strict=True):
+            if row is None:
+                new.setdefault(chunk.embed_text, len(new))
+        vectors = np.empty((len(chunks), self.model.dimension), dtype=np.float32)
+        if new:
+            if self.model.fingerprint != self.fingerprint:
+                raise FingerprintMismatchError(
+                    f"The model was changed after the index was made: its fingerprint was "
+                    f"{self.fingerprint} and is {self.model.fingerprint}. Build the index again."
+                )
+            encoded = checked_vectors(
+                self.model.encode_actions(list(new), show_progress=show_progress),
+                (len(new), self.model.dimension),
+                "the model's embeddings",
+            )
+        for place, (chunk, row) in enumerate(zip(chunks, known, strict=True)):
+            vectors[place] = (
+                encoded[new[chunk.embed_text]] if row is None else self._snapshot.embeddings[row]
+            )
+        return vectors
+
+    def _put(
+        self,
+        old: MemoryChunks,
+        changed: Mapping[int, Chunk],
+        appended: list[Chunk],
+        reworded: list[int],
+        vectors: _Vectors,
+    ) -> None:
+        """Publish a change; `vectors` are those of the rows in `reworded`, then of `appended`."""
+        chunks, embeddings = old, self._snapshot.embeddings
+        if changed:
+            chunks = MemoryChunks(changed.get(row, chunk) for row, chunk in enumerate(old))
+        if reworded:
+            embeddings = embeddings.copy()
+            embeddings[reworded] = vectors[: len(reworded)]
+        if appended:
+            chunks = chunks.extended(appended)
+            embeddings = extended(embeddings, vectors[len(reworded) :])
+        self._publish(chunks, embeddings)
+
+    def _publish(self, chunks: ChunkSequence, embeddings: _Vectors) -> None:
+        self._snapshot = self._view(chunks, embeddings, self._snapshot.version + 1)
+
+    def _view(
+        self,
+        chunks: ChunkSequence,
+        embeddings: _Vectors,
+        version: int,
+        stored_ann: NDArray[np.uint8] | None = None,
+    ) -> Snapshot:
+        view = embeddings.view()
+        view.setflags(write=False)
+        return Snapshot(chunks, view, version, ann_kind=self.ann, stored_ann=stored_ann)
+
+    def __len__(self) -> int:
+        return len(self._snapshot)
+
+    def __repr__(self) -> str:
+        return f"ChunkIndex({len(self)} chunks, dimension={self.model.dimension}, ann={self.ann!r})"
+
+    def __copy__(self) -> ChunkIndex:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkIndex:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        snapshot = self._snapshot
+        if self._saved is not None and self._saved[1] == snapshot.version:
+            return functools.partial(type(self).load, model=self.model), (self._saved[0],)
+        make = functools.partial(type(self).from_embeddings, model=self.model, ann=self.ann)
+        return make, (list(snapshot.chunks), snapshot.embeddings)
+
+
+def _reads_same(chunk: Chunk, other: Chunk) -> bool:
+    return chunk.embed_text == other.embed_text

@@ -1,0 +1,298 @@
+"""An index on disk: one folder that holds the old index or the new one, at every moment.
+
+    manifest.json               format version, model fingerprint, and which files are the index
+    chunks-<generation>.jsonl   the chunks, one record a line
+    offsets-<generation>.npy    where each record begins
+    ids-<generation>.npy        digests of the ids, sorted, to find a chunk by id
+    embeddings-<generation>.npy float32 [N, d]
+    ann-<generation>.faiss      the approximate index, if there is one
+
+A save writes the files of a new generation, then replaces the manifest: that one rename is the
+commit. Files that the manifest does not name are leftovers and are removed afterwards. All files
+are memory-mapped, so a reader keeps what it loaded although a writer has since replaced it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import mmap
+import os
+import re
+import secrets
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+
+import numpy as np
+
+from qrag_retriever.ann import AnnKind
+from qrag_retriever.chunk_store import ChunkSequence, StoredChunks, id_table
+from qrag_retriever.errors import IndexFormatError, InvalidInputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+FORMAT = "qrag-index"
+FORMAT_VERSION = 1
+_MANIFEST = "manifest.json"
+_OWN_FILE = re.compile(r"(chunks|offsets|ids|embeddings|ann)-[0-9a-f]{16}\.(jsonl|npy|faiss)")
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexContent:
+    """All that makes up a saved index.
+
+    Attributes:
+        chunks: The chunks in document order.
+        embeddings: Their action embeddings, float32 ``[N, d]``.
+        fingerprint: Of the model that made them.
+        ann_kind: ``"none"``, ``"flat"`` or ``"hnsw"``.
+        ann: The approximate index as bytes, if it is worth keeping.
+    """
+
+    chunks: ChunkSequence
+    embeddings: NDArray[np.float32]
+    fingerprint: str
+    ann_kind: AnnKind
+    ann: NDArray[np.uint8] | None
+
+
+def write_index(folder: Path, content: IndexContent) -> None:
+    """Save an index in a folder, in place of the index that may be there.
+
+    Raises:
+        InvalidInputError: If a chunk cannot be saved, or the folder holds something else. Nothing
+            has been written then.
+    """
+    records = list(content.chunks.records())
+    generation = secrets.token_hex(8)
+    files: dict[str, tuple[str, Callable[[_Checked], object]]] = {
+        "chunks": ("jsonl", lambda file: [file.write(record) for record in records]),
+        "offsets": ("npy", _array(np.cumsum([0, *map(len, records)], dtype=np.int64))),
+        "ids": ("npy", _array(id_table(chunk.id for chunk in content.chunks))),
+        "embeddings": ("npy", _array(content.embeddings)),
+    }
+    if content.ann is not None:
+        ann = content.ann
+        files["ann"] = ("faiss", lambda file: file.write(ann.data))
+    _require_ours(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_writer(folder):
+        try:
+            written = {
+                kind: _write(folder / f"{kind}-{generation}.{ending}", write)
+                for kind, (ending, write) in files.items()
+            }
+            manifest = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "package_version": importlib.metadata.version("qrag-retriever"),
+                "generation": generation,
+                "fingerprint": content.fingerprint,
+                "dimension": content.embeddings.shape[1],
+                "count": len(content.chunks),
+                "ann": content.ann_kind,
+                "files": written,
+            }
+            text = json.dumps(manifest, indent=2).encode()
+            draft = folder / f"{_MANIFEST}.tmp"
+            _write(draft, lambda file: file.write(text))
+            _sync_folder(folder)
+            os.replace(draft, folder / _MANIFEST)  # noqa: PTH105 (tests make it fail)
+            _sync_folder(folder)
+        finally:
+            _remove_leftovers(folder)
+
+
+def read_index(folder: Path, *, verify: bool) -> IndexContent:
+    """Open the index in a folder; nothing but headers is read.
+
+    Args:
+        folder: Where :func:`write_index` put it.
+        verify: Read everything once and compare it with the checksums.
+
+    Raises:
+        IndexFormatError: If there is no index, or it is incomplete, corrupt or of another version.
+    """
+    manifest = _read_manifest(folder)
+    try:
+        return _open(folder, manifest, verify)
+    except FileNotFoundError as error:
+        if _read_manifest(folder)["generation"] == manifest["generation"]:
+            raise _broken(folder, f"{Path(error.filename).name} is missing") from error
+    return read_index(folder, verify=verify)  # a writer has replaced the index in between
+
+
+def _open(folder: Path, manifest: dict[str, Any], verify: bool) -> IndexContent:
+    files = manifest["files"]
+    for entry in files.values():
+        size = (folder / entry["name"]).stat().st_size
+        if size != entry["size"]:
+            raise _broken(folder, f"{entry['name']} has {size} bytes instead of {entry['size']}")
+    maps = {kind: _map(folder / entry["name"]) for kind, entry in files.items()}
+    if verify:
+        for kind, entry in files.items():
+            if zlib.crc32(maps[kind]) != entry["crc32"]:
+                raise _broken(folder, f"{entry['name']} does not match its checksum")
+    count, dimension = manifest["count"], manifest["dimension"]
+    shapes = {
+        "offsets": (np.int64, (count + 1,)),
+        "ids": (np.uint64, (2, count)),
+        "embeddings": (np.float32, (count, dimension)),
+    }
+    arrays: dict[str, NDArray[Any]] = {}
+    for kind, (dtype, shape) in shapes.items():
+        name = files[kind]["name"]
+        try:
+            arrays[kind] = np.load(folder / name, mmap_mode="r").view(np.ndarray)
+        except (ValueError, EOFError) as error:
+            raise _broken(folder, f"{name} has no valid header") from error
+        if arrays[kind].dtype != dtype or arrays[kind].shape != shape:
+            raise _broken(folder, f"{name} does not hold {np.dtype(dtype).name} {shape}")
+    if arrays["offsets"][0] != 0 or arrays["offsets"][-1] != len(maps["chunks"]):
+        raise _broken(folder, f"{files['offsets']['name']} does not fit the chunks")
+    chunks = StoredChunks(maps["chunks"], arrays["offsets"], arrays["ids"], folder)
+    ann = np.frombuffer(maps["ann"], dtype=np.uint8) if "ann" in maps else None
+    return IndexContent(chunks, arrays["embeddings"], manifest["fingerprint"], manifest["ann"], ann)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise IndexFormatError(
+            f"There is no index in {folder} (no {_MANIFEST}); give the folder that "
+            "ChunkIndex.save() wrote."
+        ) from error
+    except ValueError as error:
+        raise _broken(folder, f"{_MANIFEST} is not valid JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise IndexFormatError(f"{folder / _MANIFEST} does not describe a {FORMAT}.")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise IndexFormatError(
+            f"The index in {folder} has format version {manifest.get('format_version')}; this "
+            f"release reads {FORMAT_VERSION}. Upgrade qrag-retriever or build the index again."
+        )
+    if not _is_complete(manifest):
+        raise _broken(folder, f"{_MANIFEST} is incomplete")
+    return manifest
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    texts, numbers = ("generation", "fingerprint"), ("dimension", "count")
+    files = manifest.get("files")
+    return (
+        all(isinstance(manifest.get(name), str) for name in texts)
+        and all(isinstance(manifest.get(name), int) for name in numbers)
+        and manifest.get("ann") in get_args(AnnKind)
+        and isinstance(files, dict)
+        and {"chunks", "offsets", "ids", "embeddings"} <= files.keys()
+        and all(
+            isinstance(entry, dict)
+            and _OWN_FILE.fullmatch(str(entry.get("name")))
+            and {"size", "crc32"} <= entry.keys()
+            for entry in files.values()
+        )
+    )
+
+
+def _broken(folder: Path, what: str) -> IndexFormatError:
+    return IndexFormatError(
+        f"The index in {folder} is damaged: {what}. Restore the folder from a copy or build the "
+        "index again."
+    )
+
+
+def _require_ours(folder: Path) -> None:
+    """Refuse a folder with foreign content; leftovers of a save that was cut short are ours."""
+    if not folder.exists():
+        return
+    ours = folder.is_dir()
+    if ours and (folder / _MANIFEST).exists():
+        try:
+            ours = json.loads((folder / _MANIFEST).read_bytes()).get("format") == FORMAT
+        except (ValueError, AttributeError):
+            ours = False
+    elif ours:
+        names = [entry.name for entry in folder.iterdir()]
+        ours = all(
+            _OWN_FILE.fullmatch(name) or name in (".lock", f"{_MANIFEST}.tmp") for name in names
+        )
+    if not ours:
+        raise InvalidInputError(
+            f"{folder} holds something that is not an index and is left as it is; give a new or "
+            "empty folder, or one with an index to replace."
+        )
+
+
+class _Checked:
+    """A file that counts and checksums what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.size = 0
+        self.crc32 = 0
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.size += len(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+        return self._file.write(data)
+
+
+def _array(array: NDArray[Any]) -> Callable[[_Checked], object]:
+    return lambda file: np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _write(path: Path, write: Callable[[_Checked], object]) -> dict[str, Any]:
+    with path.open("wb") as file:
+        checked = _Checked(file)
+        write(checked)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"name": path.name, "size": checked.size, "crc32": checked.crc32}
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return b""  # cannot be mapped
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names durable; a no-op where folders cannot be opened (Windows)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove files of generations that the manifest does not name; what fails is left for later."""
+    with contextlib.suppress(OSError):
+        keep: set[str] = set()
+        with contextlib.suppress(FileNotFoundError):  # the first save did not get that far
+            files = json.loads((folder / _MANIFEST).read_bytes())["files"]
+            keep = {entry["name"] for entry in files.values()}
+        for entry in list(folder.iterdir()):
+            if _OWN_FILE.fullmatch(entry.name) and entry.name not in keep:
+                entry.unlink()
+
+
+@contextlib.contextmanager
+def _only_writer(folder: Path) -> Iterator[None]:
+    """Let one writer at a time into a folder; the lock of a process that dies is released."""
+    with (folder / ".lock").open("ab") as file:
+        with contextlib.suppress(ImportError):  # Windows: writers are not kept apart
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,1 @@
+"""Training of Q-RAG models (PQN) on support-chunk annotations."""

@@ -1,0 +1,290 @@
+"""On-policy collection: the current model retrieves, and what it did is kept for learning."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qrag_retriever.rotary import phases, turn
+from qrag_train.environment import RetrievalEnvironment, in_state_order
+from qrag_train.metrics import fact_scores
+from qrag_train.returns import critic_values, soft_value
+from qrag_train.texts import ChunkEmbeddings, TextTable
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from qrag_retriever.model import QRAGModel
+    from qrag_train.data.sample import SampleSource, SupportSample
+    from qrag_train.settings import PQNConfig
+
+TokenIds = list[int]
+
+# Texts whose token ids are kept; with more the table starts anew.
+_MOST_TEXTS = 300_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """What became of a finished episode: its undiscounted return, Fact-EM and Fact-F1."""
+
+    total_reward: float
+    fact_em: float
+    fact_f1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """L steps of E episodes: L·E transitions, those of the first step first.
+
+    Attributes:
+        state_ids: Token ids of the states s_t, L·E sequences.
+        action_ids: Token ids of the chosen chunks, L·E sequences.
+        positions: ρ of the chosen chunks, float64 ``[L, E]``.
+        rewards: r_t, float32 ``[L, E]``.
+        dones: Whether the episode ended with the step, bool ``[L, E]``.
+        next_values: V'(s_{t+1}) by the target networks, float32 ``[L, E]``; 0 after an end.
+        finished: The episodes that ended, for the log.
+    """
+
+    state_ids: list[TokenIds]
+    action_ids: list[TokenIds]
+    positions: Tensor
+    rewards: Tensor
+    dones: Tensor
+    next_values: Tensor
+    finished: list[Episode]
+
+
+class EpisodeStream:
+    """Samples drawn one after the other; sample i depends on the seed and i alone.
+
+    Args:
+        source: Where they are drawn from.
+        seed: Seed of the stream, such as the seed of training and the rank of the process.
+    """
+
+    def __init__(self, source: SampleSource, seed: tuple[int, ...]) -> None:
+        self._source = source
+        self._seed = seed
+
+    def __getitem__(self, number: int) -> SupportSample:
+        return self._source.sample(np.random.default_rng((*self._seed, number)))
+
+
+class RolloutCollector:
+    """E episodes that go on from rollout to rollout and begin anew when they end.
+
+    Everything is computed in evaluation mode and without gradients.
+
+    Args:
+        model: The model in training; it acts with the weights it has when `collect` is called.
+        target: Its slowly following copy.
+        stream: Where episodes come from.
+        config: Settings of the algorithm.
+        seed: Seed of the policy's draws.
+
+    Attributes:
+        transitions: Number of transitions collected so far.
+    """
+
+    def __init__(
+        self,
+        model: QRAGModel,
+        target: QRAGModel,
+        stream: EpisodeStream,
+        config: PQNConfig,
+        seed: int,
+    ) -> None:
+        self._model, self._target = model, target
+        self._stream = stream
+        self._config = config
+        self._generator = torch.Generator().manual_seed(seed)
+        self._scheme = model.config.position_scheme
+        steps = config.max_steps or model.config.max_steps
+        self.environment = RetrievalEnvironment(config.environments, steps, config.reward)
+        self.transitions = 0
+        self._drawn = 0
+        self._numbers = np.zeros(config.environments, dtype=np.int64)
+        self._returns = np.zeros(config.environments)
+        self._ended = np.ones(config.environments, dtype=bool)
+        self._chunks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(self._ended)
+        self._new_table()
+
+    @torch.no_grad()
+    def collect(self, alpha: float) -> Rollout:
+        """Go on by L steps with the current weights.
+
+        Args:
+            alpha: Temperature α of the policy and of the soft values.
+        """
+        modes = self._model.training, self._target.training
+        self._model.eval()
+        self._target.eval()
+        try:
+            return self._collect(alpha)
+        finally:
+            self._model.train(modes[0])
+            self._target.train(modes[1])
+
+    def _collect(self, alpha: float) -> Rollout:
+        self._begin()
+        columns: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Rollout)}
+        finished: list[Episode] = []
+        for _ in range(self._config.rollout_steps or self.environment.max_steps):
+            self._reset_ended()
+            ids, rho = self._state_ids(), self.environment.positions(self._scheme)
+            actions = self._choose(ids, rho, alpha)
+            chosen = [n[a] for n, a in zip(self._chunks, actions.tolist(), strict=True)]
+            rewards, dones = self.environment.step(actions)
+            transition = {
+                "state_ids": ids,
+                "action_ids": self.table.action_ids(chosen),
+                "positions": rho.gather(1, actions[:, None])[:, 0],
+                "rewards": rewards,
+                "dones": dones,
+                "next_values": self._next_values(dones, alpha),
+            }
+            for name, value in transition.items():
+                columns[name].append(value)
+            finished += self._finish(rewards, dones)
+            self.transitions += len(dones)
+        joined = {name: list(chain(*columns[name])) for name in ("state_ids", "action_ids")}
+        tables = {
+            name: torch.stack(columns[name])
+            for name in ("positions", "rewards", "dones", "next_values")
+        }
+        return Rollout(**joined, **tables, finished=finished)
+
+    def _choose(self, ids: list[TokenIds], rho: Tensor, alpha: float) -> Tensor:
+        """Draw an action for each episode: by the soft policy, or at random in the beginning."""
+        available = self.environment.available
+        if self.transitions < self._config.random_transitions:
+            weights = available.float()
+        else:
+            q = self._q(self._model, ids, np.arange(len(ids)), rho).sum(dim=-1)
+            q = q.masked_fill(~available, -torch.inf)
+            top_k = min(self._config.top_k_actions or q.shape[1], q.shape[1])
+            best, chunks = q.topk(top_k, dim=1)
+            weights = torch.zeros_like(q).scatter(1, chunks, (best / alpha).softmax(dim=1))
+        return torch.multinomial(weights, 1, generator=self._generator)[:, 0]
+
+    def _next_values(self, dones: Tensor, alpha: float) -> Tensor:
+        """V'(s_{t+1}) of the episodes that go on, 0 of the others."""
+        values = torch.zeros(len(dones))
+        going_on = np.flatnonzero(~dones.numpy())
+        if len(going_on):
+            ids = self._state_ids(going_on)
+            rho = self.environment.positions(self._scheme)[going_on]
+            q = self._q(self._target, ids, going_on, rho)
+            available = self.environment.available[going_on]
+            values[going_on] = soft_value(q, available, alpha, self._config.top_k_actions)
+        return values
+
+    def _q(
+        self, model: QRAGModel, ids: list[TokenIds], episodes: NDArray[np.int64], rho: Tensor
+    ) -> Tensor:
+        """Q of all chunks by each critic, float32 ``[episodes, N, critics]``, on the CPU."""
+        states = model.state_encoder.encode(ids)
+        vectors = self.embeddings.vectors[int(model is self._target)]
+        rows = torch.from_numpy(self._rows[episodes]).to(vectors.device)
+        rotation = None
+        if self._scheme.mode != "none":
+            # few different ρ where they are integers
+            levels, level = rho.to(vectors.device).unique(return_inverse=True)
+            base = model.config.rotary_base
+            rotation = phases(-levels, states.shape[1], base).to(torch.complex64)[level]
+        states = states[:, None] if rotation is None else turn(states[:, None], rotation)
+        return critic_values(states, vectors[rows], self._config.n_critics).cpu()
+
+    def _state_ids(self, episodes: NDArray[np.int64] | None = None) -> list[TokenIds]:
+        environment, order = self.environment, self._model.config.state_order
+        retrieved = environment.retrieved()
+        states = []
+        for episode in range(len(environment)) if episodes is None else episodes.tolist():
+            sample = environment.samples[episode]
+            chunks = in_state_order(retrieved[episode], order)
+            states.append((sample.question, [sample.chunks[chunk] for chunk in chunks]))
+        return self.table.state_ids(states)
+
+    def _finish(self, rewards: Tensor, dones: Tensor) -> list[Episode]:
+        self._returns += rewards.double().numpy()
+        self._ended = dones.numpy().copy()
+        retrieved = self.environment.retrieved()
+        finished = []
+        for episode in np.flatnonzero(self._ended):
+            scores = fact_scores(retrieved[episode], self.environment.samples[episode].support)
+            finished.append(Episode(float(self._returns[episode]), scores.em, scores.f1))
+        return finished
+
+    def _begin(self) -> None:
+        """Take note that the weights have changed."""
+        if len(self.table) > _MOST_TEXTS:
+            self._new_table()
+            self._chunks = [self.table.numbers(s.chunks) for s in self.environment.samples]
+        self.embeddings.advance()
+        if not self._ended.any():
+            self._place()
+
+    def _reset_ended(self) -> None:
+        ended = np.flatnonzero(self._ended)
+        if len(ended):
+            self._numbers[ended] = np.arange(self._drawn, self._drawn + len(ended))
+            self._drawn += len(ended)
+            self._enter(ended)
+            self._returns[ended] = 0.0
+            self._ended[:] = False
+            self._place()
+
+    def _enter(self, episodes: NDArray[np.int64]) -> None:
+        """Begin some episodes with the samples of their numbers."""
+        samples = [self._stream[number] for number in self._numbers[episodes].tolist()]
+        self.environment.reset(episodes.tolist(), samples)
+        for episode, sample in zip(episodes, samples, strict=True):
+            self._chunks[episode] = self.table.numbers(sample.chunks)
+            self.embeddings.mark_support(self._chunks[episode][list(sample.support)])
+
+    def _place(self) -> None:
+        """Embed what is not embedded yet, and note the embedding of each chunk in play."""
+        lengths = [len(chunks) for chunks in self._chunks]
+        rows = self.embeddings.rows(np.concatenate(self._chunks))
+        self._rows = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
+        self._rows[np.arange(max(lengths)) < np.array(lengths)[:, None]] = rows
+
+    def _new_table(self) -> None:
+        self.table = TextTable(self._model)
+        encoders = self._model.action_encoder, self._target.action_encoder
+        self.embeddings = ChunkEmbeddings(encoders, self.table, self._config.refresh_every)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs beside the weights; plain numbers and tensors."""
+        return {
+            "generator": self._generator.get_state(),
+            "transitions": self.transitions,
+            "drawn": self._drawn,
+            "numbers": self._numbers.tolist(),
+            "returns": self._returns.tolist(),
+            "ended": self._ended.tolist(),
+            "retrieved": self.environment.retrieved() if self.environment.samples else [],
+            "embeddings": self.embeddings.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, with the same stream."""
+        self._generator.set_state(state["generator"])
+        self.transitions, self._drawn = state["transitions"], state["drawn"]
+        self._numbers = np.array(state["numbers"])
+        if not state["retrieved"]:
+            return
+        self.embeddings.load_state_dict(state["embeddings"])
+        self._enter(np.arange(len(self.environment)))
+        self.environment.restore(state["retrieved"])
+        self._returns = np.array(state["returns"])
+        self._ended = np.array(state["ended"])

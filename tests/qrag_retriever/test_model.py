@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import BertConfig, BertModel
+
+from qrag_retriever.config import QRAGConfig
+from qrag_retriever.errors import (
+    ConfigError,
+    InvalidInputError,
+    ModelFormatError,
+    TruncationWarning,
+)
+from qrag_retriever.model import QRAGModel, resolve_model
+
+QUERY = "Where is the milk?"
+CHUNKS = ["Mary took the milk.", "John went to the garden.", "", "Mary moved to the office."]
+STATES = [(QUERY, []), (QUERY, CHUNKS[:1]), ("Who?", CHUNKS[1:])]
+
+
+def fresh(folder: Path, **options: Any) -> QRAGModel:
+    return QRAGModel.from_encoder(folder, device="cpu", **options)
+
+
+def shift_weights(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(0.01)
+
+
+# --- making a model
+
+
+def test_from_a_transformers_folder(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder, positions="relative", max_steps=6)
+    assert model.config == QRAGConfig(
+        positions="relative",
+        scale=0.1,
+        state_order="document",
+        max_chunk_tokens=64,
+        max_state_tokens=64,
+        max_steps=6,
+    )
+    assert model.dimension == 32
+    assert not model.training
+    assert fresh(tiny_encoder).config.state_order == "retrieval"
+    single = model.state_encoder.encode(model.action_ids(CHUNKS)).numpy()
+    np.testing.assert_array_equal(model.encode_actions(CHUNKS), single)
+
+
+def test_from_a_sentence_transformers_folder(tiny_sentence_encoder: Path) -> None:
+    model = fresh(tiny_sentence_encoder)
+    assert model.config.scale == 1
+    assert model.config.query_prompt == "query: "
+    assert model.config.chunk_prompt == "passage: "
+    assert (model.config.max_chunk_tokens, model.config.max_state_tokens) == (32, 64)
+    peer = SentenceTransformer(str(tiny_sentence_encoder), device="cpu")
+    expected = peer.encode(["passage: " + text for text in CHUNKS])
+    np.testing.assert_allclose(model.encode_actions(CHUNKS), expected, atol=1e-6)
+    queries = model.encode_states([(QUERY, [])])
+    np.testing.assert_allclose(queries, peer.encode(["query: " + QUERY]), atol=1e-6)
+
+
+def test_prompts(tiny_sentence_encoder: Path, tiny_encoder: Path) -> None:
+    model = fresh(tiny_sentence_encoder)
+    plain = fresh(tiny_encoder)
+    assert model.state_ids([("Who?", ["a cat"])]) == plain.state_ids([("query: Who?", ["a cat"])])
+    assert model.action_ids(["a cat"]) == plain.action_ids(["passage: a cat"])
+    assert fresh(tiny_sentence_encoder, chunk_prompt="").action_ids(["a cat"]) == plain.action_ids(
+        ["a cat"]
+    )
+
+
+def test_pooling_and_normalisation(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder, pooling="cls", normalize=True)
+    assert model.config.scale == 1
+    lengths = np.linalg.norm(model.encode_actions(CHUNKS), axis=1)
+    np.testing.assert_allclose(lengths, 1, atol=1e-6)
+    scaled = fresh(tiny_encoder, pooling="cls", normalize=True, scale=3.0)
+    np.testing.assert_allclose(scaled.encode_actions(CHUNKS), 3 * model.encode_actions(CHUNKS))
+
+
+def test_the_encoders_are_two_copies(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder)
+    states, actions = model.encode_states(STATES), model.encode_actions(CHUNKS)
+    shift_weights(model.state_encoder)
+    np.testing.assert_array_equal(model.encode_actions(CHUNKS), actions)
+    assert not np.allclose(model.encode_states(STATES), states)
+
+
+def test_settings_that_do_not_fit(tiny_encoder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="max_chunk_tokens=65 exceeds the 64 tokens"):
+        fresh(tiny_encoder, max_chunk_tokens=65)
+    with pytest.raises(ConfigError, match="max_state_tokens=512 exceeds the 64 tokens"):
+        fresh(tiny_encoder, max_state_tokens=512)
+    with pytest.raises(ConfigError, match="Unknown setting 'steps'"):
+        fresh(tiny_encoder, steps=3)
+    with pytest.raises(ConfigError, match="dtype='int8' is not known"):
+        fresh(tiny_encoder, dtype="int8")
+    for file in tiny_encoder.glob("token*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    small = BertConfig(vocab_size=200, hidden_size=30, num_attention_heads=3, num_hidden_layers=1)
+    BertModel(small).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"30 dimensions cannot be rotated.*positions='none'"):
+        fresh(tmp_path, positions="relative")
+    other = fresh(tmp_path)
+    with pytest.raises(ConfigError, match="gives 32 dimensions and the action encoder 30"):
+        QRAGModel(fresh(tiny_encoder).state_encoder, other.action_encoder, QRAGConfig())
+
+
+def test_resolve_model(tiny_model: QRAGModel, tiny_encoder: Path, tmp_path: Path) -> None:
+    assert resolve_model(tiny_model) is tiny_model
+    assert resolve_model(str(tiny_encoder)).fingerprint == fresh(tiny_encoder).fingerprint
+    folder = tiny_model.save_pretrained(tmp_path / "m")
+    assert resolve_model(folder).config == tiny_model.config
+    with pytest.raises(InvalidInputError, match="not int"):
+        resolve_model(3)  # type: ignore[arg-type]
+    with pytest.raises(ModelFormatError, match=r"load it with QRAGModel\.from_pretrained"):
+        fresh(folder)
+
+
+# --- inputs
+
+
+def test_nothing_to_embed(tiny_model: QRAGModel) -> None:
+    assert tiny_model.encode_states([]).shape == (0, 32)
+    assert tiny_model.encode_actions([]).shape == (0, 32)
+    assert tiny_model.encode_actions([]).dtype == np.float32
+
+
+@pytest.mark.parametrize("query", ["", "  \n", None, 3])
+def test_queries_that_are_none(tiny_model: QRAGModel, query: Any) -> None:
+    with pytest.raises(InvalidInputError, match="query"):
+        tiny_model.encode_states([(query, [])])
+
+
+def test_chunks_that_are_no_texts(tiny_model: QRAGModel) -> None:
+    with pytest.raises(InvalidInputError, match="not NoneType"):
+        tiny_model.encode_actions(["a", None])  # type: ignore[list-item]
+    with pytest.raises(InvalidInputError, match="not int"):
+        tiny_model.encode_states([("Who?", ["a", 3])])  # type: ignore[list-item]
+    with pytest.raises(InvalidInputError, match="not a single str"):
+        tiny_model.encode_states([("Who?", "one chunk")])
+
+
+def test_state_limits(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder, max_query_tokens=5, max_chunk_tokens_in_state=4)
+    ids = model.state_ids([("the dog and the cat", ["mary went back", "john"])])[0]
+    words = model.state_encoder.transformer.tokenizer.convert_ids_to_tokens(ids)
+    assert words == [
+        "[CLS]",
+        "the",
+        "dog",
+        "and",
+        "[SEP]",
+        "mary",
+        "went",
+        "[SEP]",
+        "john",
+        "[SEP]",
+    ]
+
+
+def test_truncation_is_told_once(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder, max_chunk_tokens=8)
+    long = "the dog and the cat and the man and the woman"
+    with pytest.warns(TruncationWarning, match="1 of 2 chunks are longer than the 8 tokens"):
+        embeddings = model.encode_actions([long, "a cat"])
+    with pytest.warns(TruncationWarning, match="A state of 9 chunks is longer than the 64 tokens"):
+        model.encode_states([("Who?", [long] * 9)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode_actions([long, "a cat"])
+        ids = model.state_ids([("Who?", [long] * 9)])[0]
+    assert len(ids) == 64
+    np.testing.assert_array_equal(embeddings[0], model.encode_actions([long[:25]])[0])
+
+
+def test_no_warning_without_truncation(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder, max_chunk_tokens=8, max_chunk_tokens_in_state=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode_actions(["the dog and the cat a"])  # 6 + 2
+        model.encode_states([("Who?", ["the dog and the cat"] * 9)])  # a limit that was asked for
+
+
+# --- on disk
+
+
+@pytest.mark.parametrize(
+    ("fixture", "options"),
+    [
+        ("tiny_encoder", {"positions": "relative", "q_threshold": 0.2, "training": {"a": [1]}}),
+        ("tiny_sentence_encoder", {"max_query_tokens": 16, "positions": "absolute"}),
+        ("tiny_xlm_roberta", {}),
+        ("tiny_qwen3", {"pooling": "lasttoken", "normalize": True}),
+    ],
+)
+def test_saved_and_loaded(
+    fixture: str, options: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    model = fresh(request.getfixturevalue(fixture), **options)
+    shift_weights(model.state_encoder)
+    folder = model.save_pretrained(tmp_path / "model")
+    loaded = QRAGModel.from_pretrained(folder, device="cpu")
+    assert loaded.config == model.config
+    assert loaded.fingerprint == model.fingerprint
+    assert loaded.state_layout == model.state_layout
+    np.testing.assert_array_equal(loaded.encode_states(STATES), model.encode_states(STATES))
+    np.testing.assert_array_equal(loaded.encode_actions(CHUNKS), model.encode_actions(CHUNKS))
+
+    plain = SentenceTransformer(str(folder), device="cpu")
+    scale = model.config.scale
+    queries = model.encode_states([(QUERY, []), ("Who?", [])])
+    np.testing.assert_allclose(plain.encode_query([QUERY, "Who?"]) * scale, queries, atol=1e-6)
+    actions = model.encode_actions(CHUNKS)
+    np.testing.assert_allclose(plain.encode_document(CHUNKS) * scale, actions, atol=1e-6)
+
+
+def test_saving_does_not_change_the_model(tiny_encoder: Path, tmp_path: Path) -> None:
+    model = fresh(tiny_encoder, max_query_tokens=8, max_chunk_tokens=16)
+    before = model.fingerprint, model.state_ids(STATES), model.action_ids(CHUNKS)
+    model.save_pretrained(tmp_path / "m")
+    assert (model.fingerprint, model.state_ids(STATES), model.action_ids(CHUNKS)) == before
+
+
+# --- fingerprint and precision
+
+
+def test_fingerprint_names_what_makes_action_embeddings(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder)
+    name = model.fingerprint
+    assert len(name) == 64
+    shift_weights(model.state_encoder)
+    assert model.fingerprint == name
+    same = fresh(tiny_encoder, positions="relative", max_steps=9, query_prompt="q: ")
+    assert same.fingerprint == name
+    others = [
+        fresh(tiny_encoder, **options).fingerprint
+        for options in (
+            {"scale": 1.0},
+            {"chunk_prompt": "passage: "},
+            {"max_chunk_tokens": 32},
+            {"pooling": "cls"},
+            {"normalize": True, "scale": 0.1},
+        )
+    ]
+    assert len({name, *others}) == len(others) + 1
+    shift_weights(model.action_encoder)
+    assert model.fingerprint != name
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision(dtype: Any, tiny_encoder: Path, tmp_path: Path) -> None:
+    full = fresh(tiny_encoder)
+    model = fresh(tiny_encoder, dtype=dtype)
+    assert next(model.parameters()).dtype == getattr(torch, dtype)
+    assert model.fingerprint == full.fingerprint
+    embeddings = model.encode_actions(CHUNKS)
+    assert embeddings.dtype == np.float32
+    np.testing.assert_allclose(embeddings, full.encode_actions(CHUNKS), atol=0.02)
+    loaded = QRAGModel.from_pretrained(
+        full.save_pretrained(tmp_path / "m"), device="cpu", dtype=dtype
+    )
+    assert loaded.fingerprint == full.fingerprint
+    shift_weights(model.train())
+    assert model.eval().fingerprint != full.fingerprint
+
+
+def test_copies_for_target_networks(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder)
+    target = copy.deepcopy(model)
+    shift_weights(model)
+    assert target.fingerprint == fresh(tiny_encoder).fingerprint != model.fingerprint
+    assert target.encode_states(STATES).shape == (3, 32)

@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from tiny import Colours, tiny_model
+
+from qrag_retriever.errors import ConfigError
+from qrag_retriever.model import QRAGModel
+from qrag_train.loader import RolloutLoader
+from qrag_train.module import QRAGTrainingModule, critic_loss, parameter_groups
+from qrag_train.returns import lambda_returns
+from qrag_train.rewards import RewardConfig
+from qrag_train.settings import OptimizerConfig, PQNConfig
+
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "reference"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("encoder")
+
+
+def module_of(folder: Path, positions: str = "none", **pqn: object) -> QRAGTrainingModule:
+    torch.manual_seed(0)
+    model = tiny_model(folder, positions, scale=0.2, max_steps=2)
+    config = {"environments": 8, "random_transitions": 16, "tau": 0.2, "alpha": 0.02, **pqn}
+    optimizer = OptimizerConfig(lr=3e-3, warmup_updates=3)
+    return QRAGTrainingModule(model, PQNConfig(**config), optimizer, seed=1)
+
+
+def trainer_of(updates: int, folder: Path, **settings: Any) -> lightning.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "max_steps": updates,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "gradient_clip_val": 2.0,
+        "default_root_dir": folder,
+    }
+    return lightning.Trainer(**{**defaults, **settings})
+
+
+class Watch(lightning.Callback):
+    """Keeps what was logged and the weights after each update."""
+
+    def __init__(self) -> None:
+        self.logged: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        self.logged.append({name: float(v) for name, v in trainer.callback_metrics.items()})
+
+
+def test_rollout_and_loss_use_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    class Spy(QRAGTrainingModule):
+        def loss(self, rollout: Any) -> torch.Tensor:
+            seen.append(("loss", weights_of(self.model)))
+            return super().loss(rollout)
+
+    original = module_of(folder)
+    module = Spy(original.model, original.pqn, original.optimizer_config)
+    loader = RolloutLoader(Colours(), updates=4, seed=0)
+    trainer = trainer_of(4, tmp_path)
+
+    def note(_: object, __: object) -> None:
+        if not torch.is_grad_enabled():
+            seen.append(("rollout", weights_of(module.model)))
+
+    module.model.action_encoder.register_forward_pre_hook(note)
+    trainer.fit(module, loader)
+    names = [name for name, _ in seen]
+    assert names.count("loss") == 4
+    steps: list[torch.Tensor] = []
+    for name, weights in seen:
+        if name == "loss":
+            steps.append(weights)
+    start = 0
+    for update, end in enumerate(i for i, name in enumerate(names) if name == "loss"):
+        assert end > start  # the rollout embedded chunks
+        assert all(torch.equal(weights, steps[update]) for _, weights in seen[start:end])
+        start = end + 1
+    assert not torch.equal(steps[1], steps[3])
+
+
+def weights_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).clone()
+
+
+@pytest.mark.parametrize("refresh_every", [0, 3])
+def test_killed_and_resumed_run_ends_with_the_same_weights(
+    folder: Path, tmp_path: Path, refresh_every: int
+) -> None:
+    def run(updates_until_kill: int | None, checkpoint: Path | None) -> torch.Tensor:
+        module = module_of(folder, "relative", refresh_every=refresh_every)
+        loader = RolloutLoader(Colours(), updates=9, seed=0)
+        stop = Kill(updates_until_kill, tmp_path / "killed.ckpt")
+        trainer = trainer_of(9, tmp_path, callbacks=[stop])
+        try:
+            trainer.fit(module, loader, ckpt_path=checkpoint)
+        except Killed:
+            pass
+        else:
+            assert trainer.global_step == 9
+        return torch.cat([weights_of(module.model), weights_of(module.target)])
+
+    whole = run(None, None)
+    part = run(5, None)
+    resumed = run(None, tmp_path / "killed.ckpt")
+    assert not torch.equal(part, whole)
+    assert torch.equal(resumed, whole)
+
+
+class Killed(Exception):
+    pass
+
+
+class Kill(lightning.Callback):
+    def __init__(self, update: int | None, path: Path) -> None:
+        self.update, self.path = update, path
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
+        if trainer.global_step == self.update:
+            trainer.save_checkpoint(self.path)
+            raise Killed
+
+
+@pytest.mark.parametrize(("positions", "critics"), [("relative", 2), ("none", 1)])
+def test_learns_a_small_task(folder: Path, tmp_path: Path, positions: str, critics: int) -> None:
+    module = module_of(folder, positions, n_critics=critics, environments=16)
+    watch = Watch()
+    trainer = trainer_of(60, tmp_path, callbacks=[watch])
+    trainer.fit(module, RolloutLoader(Colours(), updates=60, seed=0))
+    first = np.mean([row["return"] for row in watch.logged[:5]])
+    assert first < 0.6  # two of six chunks at random: 1/3
+    window = module.recent_episodes()[-48:]
+    assert np.mean([episode.fact_em for episode in window]) > first + 0.2
+
+
+def test_logs_what_a_person_wants_to_see(folder: Path, tmp_path: Path) -> None:
+    watch = Watch()
+    trainer = trainer_of(3, tmp_path, callbacks=[watch])
+    trainer.fit(module_of(folder), RolloutLoader(Colours(), updates=3, seed=0))
+    expected = {"return", "fact_em", "fact_f1", "loss", "alpha", "lr", "transitions_per_s"}
+    assert expected <= watch.logged[-1].keys()
+    assert watch.logged[0]["alpha"] == 0.02  # not lowered in the warm-up
+    assert watch.logged[0]["lr"] < watch.logged[2]["lr"]
+
+
+def test_target_networks_follow(folder: Path) -> None:
+    module = module_of(folder, tau=0.25)
+    before = [parameter.clone() for parameter in module.target.parameters()]
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.add_(1.0)
+    module.update_target()
+    online = list(module.model.named_parameters())
+    moved = 0
+    for old, new, (name, parameter) in zip(before, module.target.parameters(), online, strict=True):
+        expected = old if ".pooler." in name else 0.75 * old + 0.25 * parameter
+        torch.testing.assert_close(new, expected)
+        moved += ".pooler." not in name
+    assert moved > 10
+    assert not any(parameter.requires_grad for parameter in module.target.parameters())
+
+
+def test_norms_and_biases_do_not_decay(folder: Path) -> None:
+    module = module_of(folder)
+    decayed, others = parameter_groups(module.model, 0.3)
+    assert decayed["weight_decay"] == 0.3
+    assert others["weight_decay"] == 0.0
+    names = {id(p): name for name, p in module.model.named_parameters()}
+    assert all("LayerNorm" not in names[id(p)] for p in decayed["params"])
+    assert all("bias" in names[id(p)] or "LayerNorm" in names[id(p)] for p in others["params"])
+    assert not any("pooler" in names[id(p)] for p in decayed["params"] + others["params"])
+
+
+def test_gradients_reach_the_chosen_chunks_only(folder: Path) -> None:
+    module = module_of(folder)
+    table = module.model.action_encoder.transformer.model.embeddings.word_embeddings.weight
+    chosen = module.model.action_ids(["the red cup fell"])
+    states = module.model.state_ids([("where is the hat", ["the blue key fell"])])
+    q = module.q_values(states, chosen, torch.zeros(1))
+    critic_loss(q, torch.ones(1)).backward()
+    touched = set(table.grad.abs().sum(1).nonzero()[:, 0].tolist())
+    assert touched == set(chosen[0])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedule(schedule: str) -> None:
+    config = OptimizerConfig(warmup_updates=10, schedule=schedule, final_ratio=0.1)
+    assert [config.decay(update, 110) for update in (0, 10)] == [1.0, 1.0]
+    assert config.decay(60, 110) == pytest.approx(0.55)
+    assert config.decay(110, 110) == config.decay(500, 110) == pytest.approx(0.1)
+    rising = [config.lr_factor(update, 110) for update in range(11)]
+    assert rising == sorted(rising)
+    assert rising[0] > 0
+    assert rising[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (PQNConfig, {"gamma": 0.0}),
+        (PQNConfig, {"lambda_": 1.5}),
+        (PQNConfig, {"alpha": 0.0}),
+        (PQNConfig, {"tau": 2.0}),
+        (PQNConfig, {"n_critics": 3}),
+        (PQNConfig, {"top_k_actions": 0}),
+        (PQNConfig, {"environments": 0}),
+        (PQNConfig, {"refresh_every": -1}),
+        (OptimizerConfig, {"lr": -1.0}),
+        (OptimizerConfig, {"schedule": "step"}),
+        (OptimizerConfig, {"final_ratio": 2.0}),
+    ],
+)
+def test_settings_are_checked(config: type, values: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        config(**values)
+
+
+def test_training_needs_an_end(folder: Path, tmp_path: Path) -> None:
+    loader = RolloutLoader(Colours(), updates=2, seed=0)
+    with pytest.raises(ConfigError, match="max_steps"):
+        trainer_of(-1, tmp_path, max_epochs=-1).fit(module_of(folder), loader)
+
+
+def reference_cases() -> Iterator[str]:
+    yield from ("relative", "none")
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="the reference fixtures are not here")
+@pytest.mark.parametrize("mode", reference_cases())
+def test_one_update_equals_the_released_codes(mode: str) -> None:
+    from qrag_retriever.reference import load_reference_checkpoint
+
+    stored = np.load(FIXTURES / mode / "update.npz")
+    settings = json.loads((FIXTURES / mode / "settings.json").read_text())
+    model = load_reference_checkpoint(
+        FIXTURES / mode, FIXTURES / "tiny_bert", checkpoint="last", device="cpu"
+    )
+    load_critic(model, stored, "critic_before/")
+    pqn = PQNConfig(
+        gamma=settings["gamma"],
+        lambda_=settings["Lambda"],
+        tau=settings["tau"],
+        reward=RewardConfig(penalize_extra_steps=True, stop_on_success=False),
+    )
+    module = QRAGTrainingModule(model, pqn)
+    module.model.eval()  # the released code's update ran without dropout
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=float(stored["lr_after"]),
+        betas=(0.9, 0.98),
+        eps=1e-6,
+        weight_decay=0.01,
+    )
+    for micro in ("micro0", "micro1"):
+        part = {name.split("/")[1]: stored[name] for name in stored if name.startswith(micro)}
+        values = torch.from_numpy(part["q_values"]).T
+        targets = lambda_returns(
+            torch.from_numpy(part["reward"]).T,
+            torch.from_numpy(part["not_done"]).T == 0,
+            torch.cat([values[1:], torch.zeros(1, 2)]),
+            gamma=pqn.gamma,
+            lam=pqn.lambda_,
+            reference_compat=True,
+        )
+        expected = part["targets"].reshape(2, 4).T
+        np.testing.assert_allclose(targets.numpy(), expected, atol=1e-6)
+        rho = part["act_pos"] if mode == "relative" else np.zeros(8)
+        q = module.q_values(
+            unpadded(part["state_ids"], part["state_mask"]),
+            unpadded(part["act_ids"], part["act_mask"]),
+            torch.from_numpy(np.trunc(rho)),
+        )
+        np.testing.assert_allclose(q.detach()[:, 0], part["q1"], atol=1e-6)
+        np.testing.assert_allclose(q.detach()[:, 1], part["q2"], atol=1e-6)
+        loss = critic_loss(q, targets.T.flatten())
+        assert float(loss) == pytest.approx(float(part["loss"]), abs=1e-6)
+        (loss / 2).backward()
+    compare_gradients(model, stored)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+    optimizer.step()
+    after = critic_weights(model)
+    for name, weights in after.items():
+        np.testing.assert_allclose(weights, stored["critic_after/" + name], atol=1e-5)
+
+
+def unpadded(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
+    return [row[kept == 1].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+PREFIXES = {"state_encoder": "state_embed.model.", "action_encoder": "action_embed.model.model."}
+
+
+def critic_weights(model: QRAGModel) -> dict[str, torch.Tensor]:
+    return {
+        prefix + name: parameter.detach()
+        for encoder, prefix in PREFIXES.items()
+        for name, parameter in getattr(model, encoder).transformer.model.named_parameters()
+        if "pooler" not in name
+    }
+
+
+def load_critic(model: QRAGModel, stored: Any, start: str) -> None:
+    with torch.no_grad():
+        for name, weights in critic_weights(model).items():
+            weights.copy_(torch.from_numpy(stored[start + name]))
+
+
+def compare_gradients(model: QRAGModel, stored: Any) -> None:
+    for encoder, prefix in PREFIXES.items():
+        for name, parameter in getattr(model, encoder).transformer.model.named_parameters():
+            if "pooler" not in name:
+                expected = stored[f"grad/{prefix}{name}"]
+                np.testing.assert_allclose(parameter.grad, expected, atol=1e-5)

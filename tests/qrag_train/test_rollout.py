@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.rotary import rotate
+from qrag_train.data.mixture import Mixture
+from qrag_train.data.sample import SampleList, SampleSource, SupportSample
+from qrag_train.environment import in_state_order
+from qrag_train.rewards import RewardConfig
+from qrag_train.rollout import EpisodeStream, Rollout, RolloutCollector
+from qrag_train.settings import PQNConfig
+from qrag_train.texts import ChunkEmbeddings, TextTable, embed
+from tiny import Colours, tiny_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("encoder")
+
+
+@pytest.fixture
+def model(folder: Path) -> QRAGModel:
+    return tiny_model(folder, "relative", max_steps=3)
+
+
+SOURCE = Mixture([Colours(3), Colours(6, support=2)], weights=[1, 1])
+
+
+def shaken(model: QRAGModel) -> QRAGModel:
+    """A copy with other weights."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return other
+
+
+def collector_of(
+    model: QRAGModel, target: QRAGModel, source: SampleSource = SOURCE, **settings: object
+) -> RolloutCollector:
+    config = PQNConfig(**{"environments": 4, "random_transitions": 0, **settings})
+    return RolloutCollector(model, target, EpisodeStream(source, (3, 0)), config, seed=1)
+
+
+def replay(
+    rollout: Rollout, model: QRAGModel, source: SampleSource
+) -> Iterator[tuple[int, int, SupportSample, list[int], int]]:
+    """What happened, from the stored token ids alone: step, episode, sample, retrieved, action."""
+    length, episodes = rollout.rewards.shape
+    stream = EpisodeStream(source, (3, 0))
+    current = [stream[i] for i in range(episodes)]
+    retrieved: list[list[int]] = [[] for _ in current]
+    drawn = episodes
+    for t in range(length):
+        for e in range(episodes):
+            ids = model.action_ids(current[e].chunks)
+            action = ids.index(rollout.action_ids[t * episodes + e])
+            yield t, e, current[e], list(retrieved[e]), action
+            retrieved[e].append(action)
+        for e in range(episodes):
+            if rollout.dones[t, e]:
+                current[e], retrieved[e] = stream[drawn], []
+                drawn += 1
+
+
+def slow_value(
+    model: QRAGModel, sample: SupportSample, retrieved: list[int], alpha: float, top_k: int
+) -> float:
+    """V'(s) from eq. 4, one state, with rotated chunks: mask, best k of each half, logsumexp."""
+    chunks = [sample.chunks[i] for i in in_state_order(retrieved, model.config.state_order)]
+    state = torch.from_numpy(model.encode_states([(sample.question, chunks)]))[0]
+    rho = model.config.position_scheme.positions(len(sample.chunks), retrieved)
+    actions = rotate(torch.from_numpy(model.encode_actions(sample.chunks)), torch.from_numpy(rho))
+    value = 0.0
+    half = len(state) // 2
+    for part in (slice(0, half), slice(half, None)):
+        q = sorted(
+            (
+                float(state[part] @ actions[i, part])
+                for i in range(len(actions))
+                if i not in retrieved
+            ),
+            reverse=True,
+        )[:top_k]
+        value += alpha * float(np.log(np.sum(np.exp((np.array(q) - q[0]) / alpha)))) + q[0]
+    return value
+
+
+@pytest.mark.parametrize("positions", ["relative", "none"])
+def test_equals_a_slow_version(folder: Path, positions: str) -> None:
+    model = tiny_model(folder, positions, max_steps=3)
+    target = shaken(model)
+    collector = collector_of(model, target, rollout_steps=5, top_k_actions=2)
+    rollout = collector.collect(alpha=0.1)
+    assert rollout.rewards.shape == (5, 4)
+    for t, e, sample, retrieved, action in replay(rollout, model, SOURCE):
+        chunks = [sample.chunks[i] for i in in_state_order(retrieved, model.config.state_order)]
+        state_ids = model.state_ids([(sample.question, chunks)])[0]
+        assert rollout.state_ids[t * 4 + e] == state_ids
+        rho = model.config.position_scheme.positions(len(sample.chunks), retrieved)[action]
+        assert rollout.positions[t, e] == rho
+        after = [*retrieved, action]
+        complete = set(sample.support) <= set(after)
+        assert rollout.rewards[t, e] == float(complete)
+        assert rollout.dones[t, e] == (complete or len(after) == min(3, len(sample.chunks)))
+        expected = 0.0
+        if not rollout.dones[t, e]:
+            expected = slow_value(target, sample, after, alpha=0.1, top_k=2)
+        assert float(rollout.next_values[t, e]) == pytest.approx(expected, abs=1e-5)
+    assert sum(len(row) for row in rollout.state_ids) > 0
+    assert len(rollout.finished) == int(rollout.dones.sum())
+
+
+def test_policy_is_a_softmax_over_the_best_actions(model: QRAGModel) -> None:
+    sample = Colours(6).sample(np.random.default_rng(0))
+    collector = collector_of(
+        model, model, SampleList([sample]), environments=4000, rollout_steps=1, top_k_actions=3
+    )
+    rollout = collector.collect(alpha=0.02)
+    ids = model.action_ids(sample.chunks)
+    counts = np.bincount([ids.index(row) for row in rollout.action_ids], minlength=6)
+    state = model.encode_states([(sample.question, [])])[0]
+    rho = torch.from_numpy(model.config.position_scheme.positions(6))
+    actions = rotate(torch.from_numpy(model.encode_actions(sample.chunks)), rho).numpy()
+    q = (actions @ state).astype(np.float64)
+    weights = np.where(q >= np.sort(q)[-3], np.exp((q - q.max()) / 0.02), 0.0)
+    np.testing.assert_allclose(counts / 4000, weights / weights.sum(), atol=0.03)
+    assert 0 < np.max(weights / weights.sum()) < 0.95  # else this would show nothing
+
+
+def test_first_transitions_are_uniform(model: QRAGModel) -> None:
+    sample = Colours(6).sample(np.random.default_rng(0))
+    collector = collector_of(
+        model,
+        model,
+        SampleList([sample]),
+        environments=3000,
+        rollout_steps=1,
+        random_transitions=3000,
+    )
+    ids = model.action_ids(sample.chunks)
+    rollout = collector.collect(alpha=0.001)
+    counts = np.bincount([ids.index(row) for row in rollout.action_ids], minlength=6)
+    np.testing.assert_allclose(counts / 3000, 1 / 6, atol=0.03)
+    after = collector.collect(alpha=1e-6)  # now greedy
+    assert len({tuple(row) for row in after.action_ids}) <= 2
+
+
+def test_runs_in_evaluation_mode_and_leaves_the_mode_as_it_was(model: QRAGModel) -> None:
+    seen: list[bool] = []
+    for encoder in (model.state_encoder, model.action_encoder):
+        encoder.register_forward_pre_hook(
+            lambda module, _: seen.append(module.training or torch.is_grad_enabled())
+        )
+    collector = collector_of(model, shaken(model))
+    model.train()
+    collector.collect(alpha=0.1)
+    assert seen
+    assert not any(seen)
+    assert model.training
+
+
+@pytest.mark.parametrize("refresh_every", [0, 4])
+def test_goes_on_from_a_saved_state(model: QRAGModel, refresh_every: int) -> None:
+    settings = {"rollout_steps": 2, "refresh_every": refresh_every}
+    target = shaken(model)
+    one = collector_of(model, target, **settings)
+    one.collect(0.1)
+    with torch.no_grad():
+        next(model.action_encoder.parameters()).mul_(1.01)
+    one.collect(0.1)
+    state = copy.deepcopy(one.state_dict())
+    other = collector_of(model, target, **settings)
+    other.load_state_dict(state)
+    for _ in range(3):
+        expected, got = one.collect(0.1), other.collect(0.1)
+        assert got.state_ids == expected.state_ids
+        assert got.action_ids == expected.action_ids
+        assert torch.equal(got.next_values, expected.next_values)
+    assert one.transitions == other.transitions == 40
+
+
+def test_text_table_gives_the_models_token_ids(model: QRAGModel) -> None:
+    table = TextTable(model)
+    texts = ["the red cup fell", "the blue [SEP] hat", "the red cup fell", ""]
+    numbers = table.numbers(texts)
+    assert numbers.tolist() == [0, 1, 0, 2]
+    assert table.action_ids(numbers) == model.action_ids(texts)
+    more = table.numbers(["the green key fell"])
+    assert table.action_ids([*numbers, *more]) == model.action_ids([*texts, "the green key fell"])
+    states = [("where is the cup", texts[:2]), ("where is the hat", [])]
+    assert table.state_ids(states) == model.state_ids(states)
+    assert table.state_ids(states[::-1]) == model.state_ids(states[::-1])
+
+
+def test_equal_texts_are_embedded_once_an_update(model: QRAGModel) -> None:
+    table = TextTable(model)
+    embeddings = ChunkEmbeddings((model.action_encoder, model.action_encoder), table)
+    numbers = table.numbers(["a cup", "a hat", "a cup", "a key"])
+    rows = embeddings.rows(numbers)
+    assert embeddings.embedded == 3
+    np.testing.assert_allclose(
+        embeddings.vectors[0][rows].numpy(),
+        model.encode_actions(["a cup", "a hat", "a cup", "a key"]),
+        atol=1e-6,
+    )
+    embeddings.rows(numbers[:2])
+    assert embeddings.embedded == 3
+    embeddings.advance()
+    embeddings.rows(numbers)
+    assert embeddings.embedded == 6
+
+
+def test_background_is_refreshed_every_so_many_updates(model: QRAGModel) -> None:
+    table = TextTable(model)
+    encoders = (model.action_encoder, model.action_encoder)
+    embeddings = ChunkEmbeddings(encoders, table, refresh_every=3)
+    texts = ["the red cup fell", "the blue hat fell"]
+    numbers = table.numbers(texts)
+    embeddings.mark_support(numbers[1:])
+    old = model.encode_actions(texts)
+    fresh = []
+    for _ in range(4):
+        vectors = embeddings.vectors[0][embeddings.rows(numbers)] if fresh else None
+        rows = embeddings.rows(numbers)
+        vectors = embeddings.vectors[0][rows].numpy()
+        fresh.append(np.isclose(vectors, model.encode_actions(texts), atol=1e-6).all(1).tolist())
+        with torch.no_grad():
+            model.action_encoder.transformer.model.embeddings.word_embeddings.weight.mul_(1.5)
+        embeddings.advance()
+    assert not np.allclose(old, model.encode_actions(texts))
+    assert fresh == [[True, True], [False, True], [False, True], [True, True]]
+
+
+@pytest.mark.parametrize("batch_tokens", [8, 10_000])
+def test_embed_keeps_the_order(model: QRAGModel, batch_tokens: int) -> None:
+    ids = model.action_ids(["the red cup fell", "cup", "the red cup fell", "the key", ""])
+    vectors = embed(model.action_encoder, ids, batch_tokens)
+    single = torch.cat([model.action_encoder([row]) for row in ids])
+    torch.testing.assert_close(vectors, single, atol=1e-6, rtol=1e-5)
+    assert vectors.requires_grad
+
+
+def test_episode_stream_is_the_same_for_a_seed() -> None:
+    stream = EpisodeStream(SOURCE, (1, 0))
+    assert stream[5] == EpisodeStream(SOURCE, (1, 0))[5]
+    assert stream[5] != stream[6]
+    assert stream[5] != EpisodeStream(SOURCE, (1, 1))[5]
+
+
+def test_rewards_follow_the_settings(model: QRAGModel) -> None:
+    reward = RewardConfig(per_fact=0.25, stop_on_success=False)
+    collector = collector_of(model, model, Colours(6, support=2), reward=reward, rollout_steps=3)
+    rollout = collector.collect(1.0)
+    assert rollout.dones.tolist() == [[False] * 4, [False] * 4, [True] * 4]
+    totals = [episode.total_reward for episode in rollout.finished]
+    assert totals == pytest.approx(rollout.rewards.sum(0).tolist())
+    assert set(totals) <= {0.0, 0.25, 1.5}

@@ -1,0 +1,56 @@
+"""The examples run as the README calls them, on the offline embedder."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qrag_retriever import offline
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+pytestmark = pytest.mark.skipif(
+    not offline.is_installed(), reason="the examples need the extra 'offline'"
+)
+
+
+def run(script: str, *arguments: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_quickstart_finds_what_one_step_misses(tmp_path):
+    first = run("quickstart.py", "--plot", "steps.png", folder=tmp_path)
+    assert (tmp_path / "steps.png").stat().st_size > 10_000
+    several, one, *_ = first.split("\n--- ")[1:]
+    for evidence in ("Ben Gunn", "That was Flint's treasure"):
+        assert evidence in several
+    assert "That was Flint's treasure" not in one
+    # the second run maps the saved index and finds the same
+    assert run("quickstart.py", folder=tmp_path).split("\n--- ")[1] == several
+
+
+def test_langchain_chain_gets_the_passages(tmp_path):
+    answer = run("langchain_rag.py", folder=tmp_path)
+    assert "That was Flint's treasure" in answer
+
+
+def test_llama_index_engine_reports_its_steps(tmp_path):
+    answer = run("llama_index_rag.py", folder=tmp_path)
+    assert [line.split(":")[0] for line in answer.splitlines()[:4]] == [
+        f"step {number}" for number in (1, 2, 3, 4)
+    ]
+    assert "That was Flint's treasure" in answer
