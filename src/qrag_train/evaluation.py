@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,6 @@ import torch
 from qrag_retriever.scoring import score
 from qrag_retriever.search import Beam, Search, SearchOptions
 from qrag_train.environment import in_state_order
-from qrag_train.metrics import retrieval_metrics, stop_kind, stop_rates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -19,12 +19,11 @@ from qrag_train.settings import OptimizerConfig, PQNConfig
 from qrag_train.texts import embed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
     from qrag_retriever.model import QRAGModel
-    from qrag_train.data.sample import SupportSample
 
 # Tokens of a padded batch with gradients.
 _BATCH_TOKENS = {"cpu": 8192}

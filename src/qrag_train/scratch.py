@@ -14,11 +14,13 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from qrag_retriever.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 _UNKNOWN = "[UNK]"
 _SPECIAL = ["[PAD]", _UNKNOWN, "[CLS]", "[SEP]", "[MASK]"]
 _MOST_TEXTS = 50_000
+_NORMALIZER = normalizers.BertNormalizer(lowercase=True)
+_WORDS = pre_tokenizers.BertPreTokenizer()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,8 @@ def make_encoder(
         num_attention_heads=config.heads,
         intermediate_size=4 * config.dimension,
         max_position_embeddings=config.max_tokens,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng():
@@ -88,13 +92,8 @@ def make_encoder(
 
 
 def _train_tokenizer(texts: Iterable[str], config: ScratchConfig) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordPiece(unk_token=_UNKNOWN))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=config.vocabulary, special_tokens=_SPECIAL, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(models.WordPiece(_vocabulary(list(texts), config), unk_token=_UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _NORMALIZER, _WORDS
     start, end = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", start), ("[SEP]", end)]
@@ -103,3 +102,22 @@ def _train_tokenizer(texts: Iterable[str], config: ScratchConfig) -> PreTrainedT
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=config.max_tokens, **names
     )
+
+
+def _vocabulary(texts: Sequence[str], config: ScratchConfig) -> dict[str, int]:
+    """A WordPiece vocabulary that depends on the texts alone.
+
+    The trainer numbers the pieces inside words as it comes across them, in an order that changes
+    from run to run, and breaks ties by number: so they are all given to it in a fixed order.
+    """
+    letters = sorted({letter for text in texts for letter in _NORMALIZER.normalize_str(text)})
+    pieces = [f"##{letter}" for letter in letters if not letter.isspace()]
+    tokenizer = Tokenizer(models.WordPiece(unk_token=_UNKNOWN))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = _NORMALIZER, _WORDS
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=max(config.vocabulary, len(_SPECIAL) + 2 * len(pieces)),
+        special_tokens=[*_SPECIAL, *pieces],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return dict(tokenizer.get_vocab())

@@ -157,7 +157,7 @@ OPTIONS = {
     "beams": {"beams": 3},
     "several": {"chunks_per_step": 2},
     "sampled": {"temperature": 0.3, "seed": 5},
-    "threshold": {"q_threshold": 1.15},
+    "threshold": {"q_threshold": 1.57},
 }
 
 
@@ -182,9 +182,15 @@ def test_batch_and_stream_and_callback_equal_single_searches(options):
 
 def test_a_threshold_ends_some_searches_of_a_batch_before_others():
     engine = MultiStepRetriever(RELATIVE, make_index(RELATIVE))
-    batch = engine.search_batch(QUERIES, SearchOptions(k=9, q_threshold=1.15))
-    assert len({len(trajectory) for trajectory in batch}) > 1
-    assert all(step.q_value >= 1.15 for trajectory in batch for step in trajectory)
+    whole = engine.search_batch(QUERIES, SearchOptions(k=9))
+    lowest = [min(step.q_value for step in trajectory) for trajectory in whole]
+    threshold = max(lowest) - 1e-4  # one search reaches its end
+    batch = engine.search_batch(QUERIES, SearchOptions(k=9, q_threshold=threshold))
+    assert {trajectory.stopped for trajectory in batch} == {"budget", "threshold"}
+    for trajectory, without in zip(batch, whole, strict=True):
+        q_values = [step.q_value for step in without]
+        above = next((t for t, q in enumerate(q_values) if q < threshold), len(q_values))
+        assert trajectory.chunk_ids == without.chunk_ids[:above]
 
 
 def test_steps_are_told_one_after_the_other_for_all_queries():

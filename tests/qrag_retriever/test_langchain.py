@@ -56,7 +56,7 @@ OVERRIDES = [
     {"similarity_top_k": 5},
     {"filter": {"tenant": "b"}},
     {"filters": {"tenant": "b"}},
-    {"q_threshold": 1.1},
+    {"q_threshold": 1.2, "k": 5},
     {"beams": 4},
     {"chunks_per_step": 3},
     {"exclude_ids": ["fact-6"]},
@@ -77,7 +77,7 @@ async def test_settings_for_one_call(overrides):
 
 
 async def test_a_call_equals_a_retriever_with_these_settings():
-    for overrides in ({"k": 4}, {"filter": {"tenant": "b"}}, {"beams": 3}, {"q_threshold": 1.1}):
+    for overrides in ({"k": 4}, {"filter": {"tenant": "b"}}, {"beams": 3}, {"q_threshold": 1.7}):
         assert contents(make().invoke(QUERY, **overrides)) == contents(
             make(**overrides).invoke(QUERY)
         )

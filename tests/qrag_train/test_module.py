@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,16 +133,14 @@ class Kill(lightning.Callback):
             raise Killed
 
 
-@pytest.mark.parametrize(("positions", "critics"), [("relative", 2), ("none", 1)])
-def test_learns_a_small_task(folder: Path, tmp_path: Path, positions: str, critics: int) -> None:
-    module = module_of(folder, positions, n_critics=critics, environments=16)
+@pytest.mark.parametrize("critics", [1, 2])
+def test_learns_a_small_task(folder: Path, tmp_path: Path, critics: int) -> None:
+    module = module_of(folder, n_critics=critics, environments=16)
     watch = Watch()
-    trainer = trainer_of(60, tmp_path, callbacks=[watch])
-    trainer.fit(module, RolloutLoader(Colours(), updates=60, seed=0))
-    first = np.mean([row["return"] for row in watch.logged[:5]])
-    assert first < 0.6  # two of six chunks at random: 1/3
-    window = module.recent_episodes()[-48:]
-    assert np.mean([episode.fact_em for episode in window]) > first + 0.2
+    trainer = trainer_of(80, tmp_path, callbacks=[watch])
+    trainer.fit(module, RolloutLoader(Colours(), updates=80, seed=0))
+    assert watch.logged[3]["fact_em"] < 0.6  # two of six chunks at random: 1/3
+    assert np.mean([episode.fact_em for episode in module.recent_episodes()[-64:]]) > 0.75
 
 
 def test_logs_what_a_person_wants_to_see(folder: Path, tmp_path: Path) -> None:
@@ -153,7 +149,7 @@ def test_logs_what_a_person_wants_to_see(folder: Path, tmp_path: Path) -> None:
     trainer.fit(module_of(folder), RolloutLoader(Colours(), updates=3, seed=0))
     expected = {"return", "fact_em", "fact_f1", "loss", "alpha", "lr", "transitions_per_s"}
     assert expected <= watch.logged[-1].keys()
-    assert watch.logged[0]["alpha"] == 0.02  # not lowered in the warm-up
+    assert watch.logged[0]["alpha"] == pytest.approx(0.02)  # not lowered in the warm-up
     assert watch.logged[0]["lr"] < watch.logged[2]["lr"]
 
 
@@ -235,12 +231,8 @@ def test_training_needs_an_end(folder: Path, tmp_path: Path) -> None:
         trainer_of(-1, tmp_path, max_epochs=-1).fit(module_of(folder), loader)
 
 
-def reference_cases() -> Iterator[str]:
-    yield from ("relative", "none")
-
-
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the reference fixtures are not here")
-@pytest.mark.parametrize("mode", reference_cases())
+@pytest.mark.parametrize("mode", ["relative", "none"])
 def test_one_update_equals_the_released_codes(mode: str) -> None:
     from qrag_retriever.reference import load_reference_checkpoint
 
@@ -249,7 +241,9 @@ def test_one_update_equals_the_released_codes(mode: str) -> None:
     model = load_reference_checkpoint(
         FIXTURES / mode, FIXTURES / "tiny_bert", checkpoint="last", device="cpu"
     )
-    load_critic(model, stored, "critic_before/")
+    weights = named_weights(model)
+    for name, parameter in weights.items():
+        parameter.data.copy_(torch.from_numpy(stored["critic_before/" + name]))
     pqn = PQNConfig(
         gamma=settings["gamma"],
         lambda_=settings["Lambda"],
@@ -258,13 +252,7 @@ def test_one_update_equals_the_released_codes(mode: str) -> None:
     )
     module = QRAGTrainingModule(model, pqn)
     module.model.eval()  # the released code's update ran without dropout
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=float(stored["lr_after"]),
-        betas=(0.9, 0.98),
-        eps=1e-6,
-        weight_decay=0.01,
-    )
+    optimizer = reference_optimizer(model, FIXTURES / mode / "model_last.pt")
     for micro in ("micro0", "micro1"):
         part = {name.split("/")[1]: stored[name] for name in stored if name.startswith(micro)}
         values = torch.from_numpy(part["q_values"]).T
@@ -287,14 +275,33 @@ def test_one_update_equals_the_released_codes(mode: str) -> None:
         np.testing.assert_allclose(q.detach()[:, 0], part["q1"], atol=1e-6)
         np.testing.assert_allclose(q.detach()[:, 1], part["q2"], atol=1e-6)
         loss = critic_loss(q, targets.T.flatten())
-        assert float(loss) == pytest.approx(float(part["loss"]), abs=1e-6)
+        assert loss.item() == pytest.approx(float(part["loss"]), abs=1e-6)
         (loss / 2).backward()
-    compare_gradients(model, stored)
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+    for name, parameter in weights.items():
+        np.testing.assert_allclose(parameter.grad, stored["grad/" + name], atol=1e-5)
+    torch.nn.utils.clip_grad_norm_(weights.values(), 2.0)
     optimizer.step()
-    after = critic_weights(model)
-    for name, weights in after.items():
-        np.testing.assert_allclose(weights, stored["critic_after/" + name], atol=1e-5)
+    for name, parameter in weights.items():
+        np.testing.assert_allclose(
+            parameter.detach(), stored["critic_after/" + name], rtol=0, atol=1e-6
+        )
+
+
+def reference_optimizer(model: QRAGModel, file: Path) -> torch.optim.Optimizer:
+    """AdamW where the released code's had come to before the stored update."""
+    checkpoint = torch.load(file, weights_only=True)
+    stored = checkpoint["critic_optim"]
+    names = [name for name in checkpoint["critic"] if not name.endswith(BUFFERS)]
+    assert len(names) == len(stored["param_groups"][0]["params"])
+    states = {name: stored["state"].get(i) for i, name in enumerate(names)}
+    settings = {
+        name: stored["param_groups"][0][name] for name in ("lr", "betas", "eps", "weight_decay")
+    }
+    weights = named_weights(model)
+    optimizer = torch.optim.AdamW(weights.values(), **settings)
+    for name, parameter in weights.items():
+        optimizer.state[parameter] = {k: v.clone() for k, v in states[name].items()}
+    return optimizer
 
 
 def unpadded(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
@@ -304,24 +311,14 @@ def unpadded(ids: np.ndarray, mask: np.ndarray) -> list[list[int]]:
 PREFIXES = {"state_encoder": "state_embed.model.", "action_encoder": "action_embed.model.model."}
 
 
-def critic_weights(model: QRAGModel) -> dict[str, torch.Tensor]:
+BUFFERS = ("cls_token", "sep_token")
+
+
+def named_weights(model: QRAGModel) -> dict[str, torch.nn.Parameter]:
+    """The trained parameters by their names in the released code."""
     return {
-        prefix + name: parameter.detach()
+        prefix + name: parameter
         for encoder, prefix in PREFIXES.items()
         for name, parameter in getattr(model, encoder).transformer.model.named_parameters()
         if "pooler" not in name
     }
-
-
-def load_critic(model: QRAGModel, stored: Any, start: str) -> None:
-    with torch.no_grad():
-        for name, weights in critic_weights(model).items():
-            weights.copy_(torch.from_numpy(stored[start + name]))
-
-
-def compare_gradients(model: QRAGModel, stored: Any) -> None:
-    for encoder, prefix in PREFIXES.items():
-        for name, parameter in getattr(model, encoder).transformer.model.named_parameters():
-            if "pooler" not in name:
-                expected = stored[f"grad/{prefix}{name}"]
-                np.testing.assert_allclose(parameter.grad, expected, atol=1e-5)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import Colours, tiny_model
 
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.rotary import rotate
@@ -17,7 +18,6 @@ from qrag_train.rewards import RewardConfig
 from qrag_train.rollout import EpisodeStream, Rollout, RolloutCollector
 from qrag_train.settings import PQNConfig
 from qrag_train.texts import ChunkEmbeddings, TextTable, embed
-from tiny import Colours, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,162 @@
+"""From settings to a module ready for training: the encoder, what of it is trained, the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qrag_retriever.errors import ConfigError, MissingDependencyError
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.positions import PositionMode
+from qrag_train.module import QRAGTrainingModule
+from qrag_train.scratch import ScratchConfig, make_encoder
+from qrag_train.settings import OptimizerConfig, PQNConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptConfig:
+    """What of a pretrained encoder is trained, and how it saves memory.
+
+    Attributes:
+        freeze_word_embeddings: Keep the word embeddings as they are; they are most of a small
+            encoder and their optimiser step most of an update.
+        first_layers: Use the first so many layers only; ``None``: all.
+        lora_rank: Train low-rank updates of this rank instead of the weights; 0: the weights.
+        gradient_checkpointing: Save memory by computing activations twice.
+        dropout: Dropout where gradients are computed; never in rollouts and targets.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    freeze_word_embeddings: bool = True
+    first_layers: int | None = None
+    lora_rank: int = 0
+    gradient_checkpointing: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.first_layers is not None and self.first_layers < 1:
+            raise ConfigError(f"first_layers={self.first_layers}; give at least 1, or None.")
+        if self.lora_rank < 0:
+            raise ConfigError(f"lora_rank={self.lora_rank}; give at least 1, or 0 for none.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout}; give a number from 0 to below 1.")
+
+
+def build_module(
+    encoder: str | None = None,
+    positions: PositionMode = "none",
+    max_steps: int = 4,
+    settings: dict[str, Any] | None = None,
+    scratch: ScratchConfig | None = None,
+    adapt: AdaptConfig | None = None,
+    pqn: PQNConfig | None = None,
+    optimizer: OptimizerConfig | None = None,
+    seed: int = 0,
+    folder: str | None = None,
+    texts: Callable[[], Iterable[str]] | None = None,
+) -> QRAGTrainingModule:
+    """A module for training.
+
+    Args:
+        encoder: Embedder to start from, or a Q-RAG model to train on: folder or hub name. Left
+            out: all-MiniLM-L6-v2.
+        positions: How a chunk's place counts: "relative" to the chunks found so far (long
+            documents), its "absolute" number, or "none" (collections of passages).
+        max_steps: Retrieval budget T, in training and as the model's default.
+        settings: Further settings of the model (QRAGConfig), such as max_chunk_tokens.
+        scratch: Start from a new encoder of this size instead, its vocabulary from the texts.
+        adapt: What of a pretrained encoder is trained.
+        pqn: The algorithm.
+        optimizer: The optimiser and its schedule.
+        seed: Seed of the policy's draws and of new weights.
+        folder: Where a new encoder is kept; one that is there already is used again.
+        texts: Gives the texts for its vocabulary.
+
+    Raises:
+        ConfigError: If settings contradict each other.
+        ModelFormatError: If the encoder cannot be loaded.
+    """
+    values = {"max_steps": max_steps, **(settings or {})}
+    if scratch is not None:
+        if encoder is not None or folder is None or texts is None:
+            raise ConfigError("A new encoder (scratch) takes a folder and texts, and no encoder.")
+        path = Path(folder)
+        if not (path / "config.json").is_file():
+            make_encoder(path, texts(), scratch, seed)
+        model = QRAGModel.from_encoder(path, positions, device="cpu", **values)
+        return QRAGTrainingModule(model, pqn, optimizer, seed=seed)
+    model = _pretrained(encoder, positions, values)
+    adapted(model, adapt or AdaptConfig())
+    return QRAGTrainingModule(model, pqn, optimizer, seed=seed)
+
+
+def _pretrained(encoder: str | None, positions: PositionMode, values: dict[str, Any]) -> QRAGModel:
+    if encoder is not None and (Path(encoder) / "qrag_config.json").is_file():
+        model = QRAGModel.from_pretrained(encoder, device="cpu")
+        config = model.config.replace(positions=positions, **values)
+        return QRAGModel(model.state_encoder, model.action_encoder, config)
+    return QRAGModel.from_encoder(encoder, positions, device="cpu", **values)
+
+
+def adapted(model: QRAGModel, config: AdaptConfig) -> QRAGModel:
+    """Prepare a model's encoders in place as the settings say.
+
+    Raises:
+        ConfigError: If an encoder has fewer layers than asked for.
+        MissingDependencyError: If LoRA is asked for and peft is not installed.
+    """
+    for encoder in (model.state_encoder, model.action_encoder):
+        transformer: Any = encoder.transformer.model
+        if config.first_layers is not None:
+            _keep_layers(transformer, config.first_layers)
+        for module in transformer.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
+        if config.lora_rank:
+            _add_lora(transformer, config.lora_rank)
+        if config.freeze_word_embeddings:
+            transformer.get_input_embeddings().requires_grad_(False)
+        if config.gradient_checkpointing:
+            transformer.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _keep_layers(transformer: Any, count: int) -> None:
+    holder = getattr(transformer, "encoder", transformer)
+    name = "layer" if hasattr(holder, "layer") else "layers"
+    layers = getattr(holder, name, None)
+    if layers is None or len(layers) < count:
+        have = "no list of layers" if layers is None else f"{len(layers)} layers"
+        raise ConfigError(f"first_layers={count}, but the encoder has {have}; give less.")
+    setattr(holder, name, layers[:count])
+    transformer.config.num_hidden_layers = count
+
+
+def _add_lora(transformer: Any, rank: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise MissingDependencyError(
+            "LoRA needs peft; install 'qrag-retriever[train]', or set lora_rank to 0."
+        ) from error
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    inject_adapter_in_model(config, transformer)
+
+
+def merge_lora(model: QRAGModel) -> QRAGModel:
+    """Write low-rank updates into the weights, in place; a model without any stays as it is."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "merge"):
+            module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    return model

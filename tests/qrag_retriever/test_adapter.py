@@ -1,0 +1,311 @@
+"""What all retrievers share: constructors, search, changes of the corpus, storage."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from corpus import (
+    IDS,
+    METADATAS,
+    QUERIES,
+    QUERY,
+    TEXTS,
+    encoder_folder,
+    make_index,
+    make_model,
+    model_copy_in,
+    shared_model,
+)
+from langchain_core.documents import Document
+
+from qrag_retriever import langchain, llama_index, model_files
+from qrag_retriever.adapter import resolve_aliases
+from qrag_retriever.errors import (
+    FingerprintMismatchError,
+    IndexFormatError,
+    InvalidInputError,
+    QRAGError,
+)
+
+MODEL = shared_model("relative")
+KINDS = [langchain.QRAGRetriever, llama_index.QRAGRetriever]
+SETTINGS = {
+    "k": 4,
+    "q_threshold": 0.5,
+    "beams": 2,
+    "temperature": None,
+    "seed": 7,
+    "chunks_per_step": 2,
+}
+
+either = pytest.mark.parametrize("kind", KINDS, ids=["langchain", "llama_index"])
+
+
+def make(kind=langchain.QRAGRetriever, **settings):
+    return kind(index=make_index(MODEL), **settings)
+
+
+# constructors
+
+
+@either
+def test_from_texts(kind):
+    retriever = kind.from_texts(TEXTS, METADATAS, IDS, model=MODEL, k=4)
+    assert retriever.search(QUERY) == make(kind, k=4).search(QUERY)
+    assert retriever.model is MODEL
+
+
+@either
+def test_from_texts_with_a_folder_as_the_model(kind, tmp_path):
+    for settings in (
+        {"model": model_copy_in(tmp_path, "relative")},
+        {"model": tmp_path / "model"},
+        {"embed_model": str(tmp_path / "model")},
+    ):
+        found = kind.from_texts(iter(TEXTS), iter(METADATAS), iter(IDS), **settings).search(QUERY)
+        assert found.chunk_ids == make(kind).search(QUERY).chunk_ids
+
+
+@either
+def test_from_texts_with_an_untrained_embedder(kind):
+    retriever = kind.from_texts(TEXTS, model=encoder_folder())
+    assert retriever.model.config.positions == "none"
+    assert len(retriever.search(QUERY)) == retriever.model.config.max_steps
+
+
+@either
+def test_from_documents_takes_any_mix(kind):
+    items = [TEXTS[0], Document(TEXTS[1], id="own", metadata={"tenant": "b"})]
+    retriever = kind.from_documents(items, model=MODEL, similarity_top_k=2)
+    assert [chunk.text for chunk in retriever.index.snapshot().chunks] == TEXTS[:2]
+    assert retriever.search(QUERY, filter={"tenant": "b"}).chunk_ids == ["own"]
+
+
+@either
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        ((TEXTS, METADATAS[:2]), {}),
+        ((TEXTS, None, ["same"] * len(TEXTS)), {}),
+        ((TEXTS[0],), {}),
+        ((TEXTS,), {"k": 0}),
+        ((TEXTS,), {"k": 1, "similarity_top_k": 2}),
+        ((TEXTS,), {"embed_model": "other"}),
+        ((TEXTS,), {"unknown": 1}),
+    ],
+)
+def test_from_texts_refuses_what_does_not_fit(kind, arguments, settings):
+    with pytest.raises(InvalidInputError):
+        kind.from_texts(*arguments, model=MODEL, **settings)
+
+
+def test_a_model_that_is_none_is_named():
+    with pytest.raises(InvalidInputError, match="not int"):
+        langchain.QRAGRetriever.from_texts(TEXTS, model=3)
+
+
+def test_names_of_both_frameworks_are_one_setting():
+    assert resolve_aliases({"similarity_top_k": 3, "filters": None}) == {"k": 3}
+    assert resolve_aliases({"similarity_top_k": 3, "k": 3}) == {"k": 3}
+    assert resolve_aliases({"similarity_top_k": 3, "k": None}) == {"k": 3}
+    assert resolve_aliases({"embed_model": "a", "model": None}) == {"model": "a"}
+    for pair in (
+        {"similarity_top_k": 3, "k": 4},
+        {"filters": {"a": 1}, "filter": {"a": 2}},
+        {"embed_model": "a", "model": "b"},
+    ):
+        with pytest.raises(InvalidInputError, match="one setting under two names"):
+            resolve_aliases(pair)
+
+
+# search
+
+
+@either
+def test_search_keeps_q_values_unless_told_otherwise(kind):
+    retriever = make(kind)
+    assert len(retriever.search(QUERY).q_values) == 3
+    assert retriever.search(QUERY, keep_q_values=False).q_values == ()
+    assert retriever.search_batch([QUERY])[0].q_values == ()
+
+
+@either
+def test_settings_of_a_call_go_before_those_of_the_retriever(kind):
+    retriever = make(kind, k=2, filter={"tenant": "a"})
+    found = retriever.search(QUERY, similarity_top_k=9, filters={"tenant": "b"})
+    assert sorted(found.chunk_ids) == IDS[1::2]
+    assert len(retriever.search(QUERY, k=9, filter=None)) == 9
+    assert sorted(retriever.search(QUERY, k=9).chunk_ids) == IDS[0::2]
+
+
+@either
+def test_unknown_settings_of_a_search_are_refused(kind):
+    retriever = make(kind)
+    for ask in (retriever.search, retriever.stream_search):
+        with pytest.raises(InvalidInputError, match="'kk'.*may change k, q_threshold"):
+            ask(QUERY, kk=3)
+    with pytest.raises(InvalidInputError, match="'kk'"):
+        retriever.search_batch([QUERY], kk=3)
+
+
+@either
+def test_search_batch_and_streams(kind):
+    retriever, told = make(kind), []
+    batch = retriever.search_batch(
+        QUERIES, k=2, on_step=lambda number, step: told.append((number, step))
+    )
+    assert told == list(retriever.stream_search_batch(QUERIES, k=2))
+    for number, query in enumerate(QUERIES):
+        assert batch[number].chunk_ids == retriever.search(query, k=2).chunk_ids
+        assert [step.chunk_id for step in retriever.stream_search(query, k=2)] == [
+            step.chunk_id for other, step in told if other == number
+        ]
+
+
+# changes
+
+
+@either
+def test_adding_and_deleting(kind, monkeypatch):
+    model = make_model("relative")
+    retriever = kind.from_texts(TEXTS[:4], METADATAS[:4], IDS[:4], model=model, k=9)
+    assert retriever.add_texts(TEXTS[4:6], METADATAS[4:6], IDS[4:6]) == IDS[4:6]
+    documents = [
+        Document(text, metadata=metadata, id=id_)
+        for text, metadata, id_ in list(zip(TEXTS, METADATAS, IDS, strict=True))[6:]
+    ]
+    assert retriever.add_documents(documents) == IDS[6:]
+    whole = make(kind, k=9).search(QUERY)
+    assert retriever.search(QUERY).chunk_ids == whole.chunk_ids
+    monkeypatch.setattr(model, "encode_actions", None)  # what is there is not embedded again
+    assert retriever.add_texts(TEXTS[:4], METADATAS[:4], IDS[:4]) == IDS[:4]
+    assert retriever.delete(IDS[2:]) is True
+    assert sorted(retriever.search(QUERY).chunk_ids) == IDS[:2]
+    with pytest.raises(InvalidInputError, match="nowhere"):
+        retriever.delete(["fact-0", "nowhere"])
+    assert len(retriever.index) == 2
+
+
+@either
+def test_a_retriever_that_is_emptied_says_so_and_can_be_filled(kind):
+    retriever = make(kind)
+    retriever.delete(IDS)
+    with pytest.raises(InvalidInputError, match="no chunks"):
+        retriever.search(QUERY)
+    [id_] = retriever.add_texts(["Mary is here."])
+    assert retriever.search(QUERY).chunk_ids == [id_]
+
+
+# storage
+
+
+@either
+def test_a_saved_retriever_comes_back(kind, tmp_path, monkeypatch):
+    retriever = make(kind, **SETTINGS)
+    retriever.save_local(str(tmp_path / "new" / "folder"))
+    for other in KINDS:
+        loaded = other.load_local(tmp_path / "new" / "folder")
+        monkeypatch.setattr(loaded.model, "encode_actions", None)
+        assert {name: getattr(loaded, name) for name in SETTINGS} == SETTINGS
+        assert loaded.model.fingerprint == MODEL.fingerprint
+        assert loaded.search(QUERY).chunk_ids == retriever.search(QUERY).chunk_ids
+        assert [s.metadata for s in loaded.search(QUERY)] == [
+            s.metadata for s in retriever.search(QUERY)
+        ]
+
+
+@either
+def test_settings_may_change_on_loading(kind, tmp_path):
+    make(kind, **SETTINGS).save_local(tmp_path)
+    loaded = kind.load_local(
+        tmp_path, similarity_top_k=2, q_threshold=None, filters={"tenant": "a"}
+    )
+    assert (loaded.k, loaded.q_threshold, loaded.beams) == (2, None, 2)
+    assert loaded.filter == {"tenant": "a"}
+    with pytest.raises(InvalidInputError):
+        kind.load_local(tmp_path, k=0)
+    with pytest.raises(InvalidInputError, match="'?kk'?"):
+        kind.load_local(tmp_path, kk=1)
+
+
+@either
+def test_saving_without_the_model(kind, tmp_path):
+    make(kind).save_local(tmp_path, include_model=False)
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(IndexFormatError, match="give model="):
+        kind.load_local(tmp_path)
+    path = model_copy_in(tmp_path.with_suffix(".elsewhere"), "relative")
+    for model in ({"model": MODEL}, {"model": path}, {"embed_model": path}):
+        assert kind.load_local(tmp_path, **model).search(QUERY).chunk_ids == (
+            make(kind).search(QUERY).chunk_ids
+        )
+    with pytest.raises(FingerprintMismatchError):
+        kind.load_local(tmp_path, model=make_model(scale=0.25))
+
+
+@either
+def test_saving_again_replaces_what_was_there(kind, tmp_path):
+    make(kind).save_local(tmp_path)
+    retriever = kind.load_local(tmp_path)
+    retriever.add_texts(["Sandra took the milk."], ids=["new"])
+    retriever.delete(["fact-0"])
+    retriever.k = 9
+    retriever.save_local(tmp_path)
+    loaded = kind.load_local(tmp_path)
+    assert loaded.k == 9
+    assert sorted(loaded.search(QUERY).chunk_ids) == [*IDS[1:], "new"]
+    assert not [file for file in tmp_path.iterdir() if file.name.startswith(".")]
+
+
+@either
+@pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b"3", b"\xff\xfe"])
+def test_settings_that_are_missing_or_damaged(kind, content, tmp_path):
+    make(kind).save_local(tmp_path)
+    file = tmp_path / "retriever.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(IndexFormatError, match=r"retriever\.json is missing or damaged"):
+        kind.load_local(tmp_path)
+
+
+def test_settings_of_another_version(tmp_path):
+    make(k=4).save_local(tmp_path)
+    file = tmp_path / "retriever.json"
+    saved = json.loads(file.read_text())
+    assert saved.keys() == SETTINGS.keys()
+    file.write_text(json.dumps({"k": 4}))
+    assert langchain.QRAGRetriever.load_local(tmp_path).k == 4
+    file.write_text(json.dumps({**saved, "from_the_future": 1}))
+    with pytest.raises(QRAGError, match="from_the_future"):
+        langchain.QRAGRetriever.load_local(tmp_path)
+
+
+@either
+def test_a_folder_that_holds_no_retriever(kind, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "missing", tmp_path / "notes.txt"):
+        with pytest.raises(IndexFormatError, match="save_local wrote"):
+            kind.load_local(folder)
+
+
+@either
+def test_a_damaged_part_is_named(kind, tmp_path):
+    make(kind).save_local(tmp_path)
+    for file in (tmp_path / "index").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(IndexFormatError, match="index"):
+        kind.load_local(tmp_path)
+    make(kind).save_local(tmp_path / "again")
+    (tmp_path / "again" / "model" / model_files.CONFIG_FILE).write_text("{")
+    with pytest.raises(QRAGError, match="model"):
+        kind.load_local(tmp_path / "again")
+
+
+def test_what_is_saved_under_a_file_or_a_foreign_folder(tmp_path):
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "mine.txt").write_text("mine")
+    with pytest.raises(InvalidInputError):
+        make().save_local(tmp_path)
+    assert [file.name for file in (tmp_path / "index").iterdir()] == ["mine.txt"]
+    assert not (tmp_path / "retriever.json").exists()
