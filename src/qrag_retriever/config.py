@@ -128,7 +128,10 @@ class QRAGConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ModelFormatError(f"qrag_config.json is not valid JSON ({error}).") from error
+            raise ModelFormatError(
+                f"The model's qrag_config.json is not valid JSON ({error}); save or download the "
+                "model again."
+            ) from error
         if not isinstance(values, dict) or "format_version" not in values:
             raise ModelFormatError("qrag_config.json has no 'format_version': not a Q-RAG model.")
         version = values.pop("format_version")

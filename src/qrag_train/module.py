@@ -73,6 +73,7 @@ class QRAGTrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: EpisodeStream, batch_idx: int) -> Tensor:
         """Collect a rollout with the current weights and return its loss."""
+        del batch_idx
         if self.collector is None:
             self.collector = self._make_collector(batch)
         rollout = self.collector.collect(self.alpha)
@@ -199,7 +200,11 @@ class QRAGTrainingModule(lightning.LightningModule):
         speed = rollout.rewards.numel() / max(now - self._clock, 1e-9)
         self._clock = now
         self._episodes.extend(rollout.finished)
-        values = {"loss": loss.detach(), "alpha": self.alpha, "transitions_per_s": speed}
+        values: dict[str, Tensor | float] = {
+            "loss": loss.detach(),
+            "alpha": self.alpha,
+            "transitions_per_s": speed,
+        }
         values["lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(values, batch_size=1)
         if self._episodes:

@@ -39,7 +39,10 @@ def critic_values(states: Tensor, actions: Tensor, critics: int) -> Tensor:
         )
     states = states.reshape(*states.shape[:-1], critics, -1)
     actions = actions.reshape(*actions.shape[:-1], critics, -1)
-    return torch.einsum("...cd,...cd->...c", states, actions)
+    # differences between chunks are smaller than what half precision resolves
+    wide = torch.promote_types(states.dtype, torch.float32)
+    with torch.autocast(states.device.type, enabled=False):
+        return torch.einsum("...cd,...cd->...c", states.to(wide), actions.to(wide))
 
 
 def soft_value(q: Tensor, available: Tensor, alpha: float, top_k: int | None = 5) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,6 +60,17 @@ class Rollout:
     dones: Tensor
     next_values: Tensor
     finished: list[Episode]
+
+
+class _Step(NamedTuple):
+    """One step of E episodes, in the order of `Rollout`."""
+
+    state_ids: list[TokenIds]
+    action_ids: list[TokenIds]
+    positions: Tensor
+    rewards: Tensor
+    dones: Tensor
+    next_values: Tensor
 
 
 class EpisodeStream:
@@ -136,7 +146,7 @@ class RolloutCollector:
 
     def _collect(self, alpha: float) -> Rollout:
         self._begin()
-        columns: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Rollout)}
+        steps: list[_Step] = []
         finished: list[Episode] = []
         for _ in range(self._config.rollout_steps or self.environment.max_steps):
             self._reset_ended()
@@ -144,24 +154,27 @@ class RolloutCollector:
             actions = self._choose(ids, rho, alpha)
             chosen = [n[a] for n, a in zip(self._chunks, actions.tolist(), strict=True)]
             rewards, dones = self.environment.step(actions)
-            transition = {
-                "state_ids": ids,
-                "action_ids": self.table.action_ids(chosen),
-                "positions": rho.gather(1, actions[:, None])[:, 0],
-                "rewards": rewards,
-                "dones": dones,
-                "next_values": self._next_values(dones, alpha),
-            }
-            for name, value in transition.items():
-                columns[name].append(value)
+            steps.append(
+                _Step(
+                    ids,
+                    self.table.action_ids(chosen),
+                    rho.gather(1, actions[:, None])[:, 0],
+                    rewards,
+                    dones,
+                    self._next_values(dones, alpha),
+                )
+            )
             finished += self._finish(rewards, dones)
             self.transitions += len(dones)
-        joined = {name: list(chain(*columns[name])) for name in ("state_ids", "action_ids")}
-        tables = {
-            name: torch.stack(columns[name])
-            for name in ("positions", "rewards", "dones", "next_values")
-        }
-        return Rollout(**joined, **tables, finished=finished)
+        return Rollout(
+            state_ids=[ids for step in steps for ids in step.state_ids],
+            action_ids=[ids for step in steps for ids in step.action_ids],
+            positions=torch.stack([step.positions for step in steps]),
+            rewards=torch.stack([step.rewards for step in steps]),
+            dones=torch.stack([step.dones for step in steps]),
+            next_values=torch.stack([step.next_values for step in steps]),
+            finished=finished,
+        )
 
     def _choose(self, ids: list[TokenIds], rho: Tensor, alpha: float) -> Tensor:
         """Draw an action for each episode: by the soft policy, or at random in the beginning."""
@@ -198,7 +211,7 @@ class RolloutCollector:
         rotation = None
         if self._scheme.mode != "none":
             # few different ρ where they are integers
-            levels, level = rho.to(vectors.device).unique(return_inverse=True)
+            levels, level = torch.unique(rho.to(vectors.device), return_inverse=True)
             base = model.config.rotary_base
             rotation = phases(-levels, states.shape[1], base).to(torch.complex64)[level]
         states = states[:, None] if rotation is None else turn(states[:, None], rotation)

@@ -93,6 +93,7 @@ class ChunkEmbeddings:
         self._refresh_every = refresh_every
         self._update = 0
         self.embedded = 0
+        self._vectors: tuple[Tensor, Tensor]
         self._clear()
 
     @property

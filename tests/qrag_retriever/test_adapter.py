@@ -143,7 +143,7 @@ def test_settings_of_a_call_go_before_those_of_the_retriever(kind):
 def test_unknown_settings_of_a_search_are_refused(kind):
     retriever = make(kind)
     for ask in (retriever.search, retriever.stream_search):
-        with pytest.raises(InvalidInputError, match="'kk'.*may change k, q_threshold"):
+        with pytest.raises(InvalidInputError, match=r"'kk'.*may change k, q_threshold"):
             ask(QUERY, kk=3)
     with pytest.raises(InvalidInputError, match="'kk'"):
         retriever.search_batch([QUERY], kk=3)
@@ -225,7 +225,7 @@ def test_settings_may_change_on_loading(kind, tmp_path):
     assert loaded.filter == {"tenant": "a"}
     with pytest.raises(InvalidInputError):
         kind.load_local(tmp_path, k=0)
-    with pytest.raises(InvalidInputError, match="'?kk'?"):
+    with pytest.raises(InvalidInputError, match=r"'?kk'?"):
         kind.load_local(tmp_path, kk=1)
 
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from fake_model import FakeModel, vectors_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from langchain_core.documents import Document
 from llama_index.core.schema import IndexNode, TextNode
 from test_chunk import NODES
@@ -21,7 +26,7 @@ from qrag_retriever.errors import (
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.nodes import node_from_chunk
 
-KINDS = ("chunks", "offsets", "ids", "embeddings")
+KINDS = ("chunks", "embeddings")
 
 
 def make(*texts: str) -> ChunkIndex:
@@ -46,11 +51,18 @@ def file_of(folder: Path, kind: str) -> Path:
     return folder / manifest["files"][kind]["name"]
 
 
+@contextlib.contextmanager
+def database(folder: Path) -> Iterator[sqlite3.Connection]:
+    """The chunks of a saved index, to be tampered with; their size stays as it was."""
+    with contextlib.closing(sqlite3.connect(file_of(folder, "chunks"))) as connection, connection:
+        yield connection
+
+
 def test_all_kinds_of_items_come_back_without_embedding(tmp_path: Path) -> None:
     items = [
         "text",
         "",
-        "lone surrogate \udc80, separator \u2028, emoji 😀",
+        "NUL \0, separator \u2028, emoji 😀",
         Document("d", id="d", metadata={"deep": {"a": [1, 2.5, None, True, "é"]}}),
         *NODES,
     ]
@@ -84,15 +96,121 @@ def test_an_empty_index_can_be_saved(tmp_path: Path) -> None:
     assert texts_in(tmp_path) == ["a"]
 
 
-def test_chunks_with_equal_digests_are_told_apart(
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=5,
+)
+CHUNKS = st.lists(
+    st.builds(
+        Chunk, TEXTS.filter(bool), TEXTS, st.dictionaries(TEXTS, JSON, max_size=3), embed_text=TEXTS
+    ),
+    unique_by=lambda chunk: chunk.id,
+    max_size=12,
+)
+BOUND = st.none() | st.integers(-15, 15)
+
+
+@settings(deadline=None)
+@given(
+    chunks=CHUNKS,
+    places=st.tuples(BOUND, BOUND, BOUND.filter(lambda step: step != 0)),
+    others=st.lists(st.text(max_size=3) | st.integers() | st.none()),
+    at_once=st.sampled_from([1, 2, 5, 1000]),
+)
+def test_a_saved_index_is_read_as_a_list_is(
+    tmp_path_factory: pytest.TempPathFactory,
+    chunks: list[Chunk],
+    places: tuple[int | None, int | None, int | None],
+    others: list[Any],
+    at_once: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("index")
+    index = ChunkIndex(FakeModel())
+    index.add(chunks)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("qrag_retriever.chunk_store._AT_ONCE", at_once)
+        index.save(folder)
+        stored = ChunkIndex.load(folder, model=FakeModel(), verify=True).snapshot().chunks
+        assert isinstance(stored, StoredChunks)
+        assert len(stored) == len(chunks)
+        assert list(stored) == list(reversed(stored))[::-1] == chunks
+        assert list(stored.metadatas()) == [chunk.metadata for chunk in chunks]
+        assert stored[slice(*places)] == chunks[slice(*places)]
+        for row in range(-len(chunks), len(chunks)):
+            assert stored[row] == chunks[row]
+        for row in (len(chunks), -len(chunks) - 1):
+            with pytest.raises(IndexError):
+                stored[row]
+        ids = {chunk.id: row for row, chunk in enumerate(chunks)}
+        assert [stored.find(id_) for id_ in [*ids, *others]] == [*map(ids.get, [*ids, *others])]
+
+
+def test_a_filter_does_not_ask_for_one_chunk_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qrag_retriever.chunk_store._digest", lambda id_: np.uint64(len(id_)))
-    index = ChunkIndex.from_texts([*"abcd"], ids=["x", "yy", "z", "ww"], model=FakeModel())
-    index.save(tmp_path)
-    chunks = ChunkIndex.load(tmp_path, model=FakeModel()).snapshot().chunks
-    found = [chunks.find(id_) for id_ in ("x", "yy", "z", "ww", "v", "vv", "vvv", "")]
-    assert found == [0, 1, 2, 3, None, None, None, None]
+    make(*map(str, range(2500))).save(tmp_path)
+    index = ChunkIndex.load(tmp_path, model=FakeModel())
+    queries, read = [], StoredChunks._read
+
+    def count(self: StoredChunks, query: str, *values: Any) -> Any:
+        queries.append(query)
+        return read(self, query, *values)
+
+    monkeypatch.setattr(StoredChunks, "_read", count)
+    assert index.select({"n": {"$gte": 2400}}).tolist() == list(range(2400, 2500))
+    assert len(queries) == 3
+    assert not any("text" in query for query in queries)
+    assert index.select(lambda chunk: chunk.metadata["n"] >= 2400).tolist()[0] == 2400
+    assert len(queries) == 6
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        Chunk("culprit", "\udc80"),
+        Chunk("culprit", "text", embed_text="a \ud800"),
+        Chunk("culprit", "text", {"a": ["\udfff"]}),
+        Chunk("culprit", "text", {"\udfff": 1}),
+        Chunk("culprit\udfff", "text"),
+    ],
+)
+def test_text_that_is_not_unicode_is_named_and_nothing_written(folder: Path, chunk: Chunk) -> None:
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    index = make("x", "y")
+    index.add([chunk])
+    for target in (folder, folder.parent / "other"):
+        with pytest.raises(InvalidInputError, match="'culprit.*not valid Unicode.*Clean the text"):
+            index.save(target)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert not (folder.parent / "other").exists()
+
+
+def test_a_chunk_that_is_too_long_is_named_and_nothing_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qrag_retriever.chunk_store._MOST_BYTES", 20)
+    index = ChunkIndex.from_texts(["é" * 10], ids=["long"], model=FakeModel())
+    with pytest.raises(InvalidInputError, match="'long' cannot be saved: it has 26 bytes.*20"):
+        index.save(tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("a?mode=memory&b#c%20 'é\"")
+    make("a").save(folder)
+    loaded = ChunkIndex.load(folder, model=FakeModel())
+    monkeypatch.chdir("/")
+    assert [chunk.text for chunk in loaded.snapshot().chunks] == ["a"]
+    assert sorted(path.name[:5] for path in (tmp_path / folder).iterdir()) == [
+        ".lock",
+        "chunk",
+        "embed",
+        "manif",
+    ]
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
@@ -135,8 +253,8 @@ def test_a_node_with_a_live_object_cannot_be_saved(tmp_path: Path) -> None:
 def test_a_node_of_an_unknown_class_says_what_to_import(folder: Path) -> None:
     index = ChunkIndex.from_documents([NODES[-1]], model=FakeModel())
     index.save(folder)
-    path = file_of(folder, "chunks")
-    path.write_bytes(path.read_bytes().replace(b"test_chunk.", b"test_gone_."))
+    with database(folder) as connection:
+        connection.execute("UPDATE chunks SET node = replace(node, 'test_chunk.', 'test_gone_.')")
     chunks = ChunkIndex.load(folder, model=FakeModel()).snapshot().chunks
     with pytest.raises(IndexFormatError, match=r"test_gone_\.AnnotatedNode.*Import"):
         chunks[0]
@@ -159,19 +277,88 @@ def test_damaged_files_are_found(folder: Path, kind: str, damage: str) -> None:
                 "header": b"#" * 12 + data[12:],
             }[damage]
         )
-    seen_at_load = damage != "flipped" and not (damage == "header" and kind == "chunks")
     with pytest.raises(IndexFormatError, match=r"damaged: .*build the index again"):
-        ChunkIndex.load(folder, model=FakeModel(), verify=not seen_at_load)
+        ChunkIndex.load(folder, model=FakeModel(), verify=damage == "flipped")
 
 
-def test_a_corrupt_record_is_an_error_when_it_is_read(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("metadata", "'{'"),
+        ("metadata", "'[]'"),
+        ("metadata", "x'ff'"),
+        ("metadata", "CAST(x'ff' AS TEXT)"),
+        ("text", "CAST(x'ff' AS TEXT)"),
+        ("text", "x'61'"),
+        ("embed_text", "x'61'"),
+        ("id", "''"),
+        ("node", "'{'"),
+        ("node", "'3'"),
+        ("node", "'{}'"),
+        ("node", """'{"class": "TextNode", "data": 3}'"""),
+        ("node", """'{"class": "TextNode", "data": {"text_resource": 3}}'"""),
+    ],
+)
+def test_a_corrupt_chunk_is_an_error_when_it_is_read(folder: Path, column: str, value: str) -> None:
+    with database(folder) as connection:
+        connection.execute(f"UPDATE chunks SET {column} = {value} WHERE row = 0")
+    snapshot = ChunkIndex.load(folder, model=FakeModel()).snapshot()
+    assert snapshot.chunks[1].text == "second"
+    for read in (lambda: snapshot.chunks[0], lambda: list(snapshot.chunks)):
+        with pytest.raises(IndexFormatError, match=r"damaged: chunks-.*build the index again"):
+            read()
+    if column == "metadata":
+        with pytest.raises(IndexFormatError, match=r"damaged: chunks-"):
+            snapshot.select({"n": 1})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("DELETE FROM chunks WHERE row = 2", "holds 2 chunks instead of 3"),
+        ("UPDATE chunks SET row = 3 WHERE row = 2", "holds 4 chunks instead of 3"),
+        ("ALTER TABLE chunks RENAME TO others", "no such table"),
+        ("DELETE FROM chunks WHERE row = 1", "missing between 0 and 2"),
+        ("ALTER TABLE chunks RENAME COLUMN text TO content", "no such column"),
+    ],
+)
+def test_a_database_of_something_else_is_found(folder: Path, change: str, message: str) -> None:
+    with database(folder) as connection:
+        connection.execute(change)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["chunks"]["size"] = file_of(folder, "chunks").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IndexFormatError, match=rf"damaged: chunks-.*{message}.*build the index"):
+        list(ChunkIndex.load(folder, model=FakeModel()).snapshot().chunks)
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    place=st.integers(0),
+    damage=st.binary(min_size=1, max_size=64) | st.just(bytes(4096)),
+    by_id=...,
+)
+def test_damage_anywhere_is_never_another_error(
+    tmp_path_factory: pytest.TempPathFactory, place: int, damage: bytes, by_id: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("index")
+    index = ChunkIndex.from_texts([f"{n} " * 300 for n in range(60)], model=FakeModel())
+    index.save(folder)
     path = file_of(folder, "chunks")
-    first = path.read_bytes().index(b"\n")
-    path.write_bytes(b"\0" * first + path.read_bytes()[first:])
-    chunks = ChunkIndex.load(folder, model=FakeModel()).snapshot().chunks
-    assert chunks[1].text == "second"
-    with pytest.raises(IndexFormatError, match="Record 0"):
-        chunks[0]
+    data = bytearray(path.read_bytes())
+    assert len(data) > 10 * 4096
+    place %= len(data) - len(damage) + 1
+    changed = data[place : place + len(damage)] != damage
+    data[place : place + len(damage)] = damage
+    path.write_bytes(data)
+    with contextlib.nullcontext() if not changed else pytest.raises(IndexFormatError):
+        ChunkIndex.load(folder, model=FakeModel(), verify=True)
+    with contextlib.suppress(IndexFormatError):
+        snapshot = ChunkIndex.load(folder, model=FakeModel()).snapshot()
+        if by_id:
+            assert {snapshot.chunks.find(chunk.id) for chunk in index.snapshot().chunks}
+        else:
+            assert len(list(snapshot.chunks)) == len(list(snapshot.chunks.metadatas())) == 60
 
 
 @pytest.mark.parametrize(
@@ -179,7 +366,7 @@ def test_a_corrupt_record_is_an_error_when_it_is_read(folder: Path) -> None:
     [
         ({"format": "other"}, "does not describe a qrag-index"),
         ({"format_version": 2}, "version 2; this release reads 1"),
-        ({"count": 2}, r"does not hold int64 \(3,\)"),
+        ({"count": 2}, r"does not hold float32 \(2, 8\)"),
         ({"dimension": 4}, r"does not hold float32 \(3, 4\)"),
         ({"count": "3"}, "incomplete"),
         ({"ann": "annoy"}, "incomplete"),
@@ -218,7 +405,7 @@ def test_another_model_is_refused(folder: Path) -> None:
         ChunkIndex.load(folder, model=FakeModel(dimension=4))
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "manifest.json", "chunks-1.jsonl"])
+@pytest.mark.parametrize("name", ["notes.txt", "manifest.json", "chunks-1.sqlite"])
 def test_a_folder_with_something_else_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text('{"name": "a web app"}')
     with pytest.raises(InvalidInputError, match="left as it is"):

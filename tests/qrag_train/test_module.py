@@ -106,7 +106,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(
         trainer = trainer_of(9, tmp_path, callbacks=[stop])
         try:
             trainer.fit(module, loader, ckpt_path=checkpoint)
-        except Killed:
+        except KilledError:
             pass
         else:
             assert trainer.global_step == 9
@@ -119,7 +119,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(
     assert torch.equal(resumed, whole)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -130,7 +130,7 @@ class Kill(lightning.Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: object) -> None:
         if trainer.global_step == self.update:
             trainer.save_checkpoint(self.path)
-            raise Killed
+            raise KilledError
 
 
 @pytest.mark.parametrize("critics", [1, 2])

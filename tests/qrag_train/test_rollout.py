@@ -39,7 +39,7 @@ def shaken(model: QRAGModel) -> QRAGModel:
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in other.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return other
 
 
