@@ -11,19 +11,15 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import datetime as dt
-import json
-import os
-import platform
 import re
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from machine import report
 
 from qrag_retriever.positions import PositionScheme
 from qrag_retriever.scoring import score
@@ -76,18 +72,14 @@ def main() -> None:
     ]
     show(figures, bare, matrix)
     if options.json:
-        report = {
-            "command": " ".join(["python", *sys.argv]),
-            "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
-            "machine": machine(),
-            "seed": options.seed,
-            "matrix": {"chunks": options.chunks, "dimension": options.dimension, "type": "float32"},
-            "repetitions": options.repetitions,
-            "bare_scan_milliseconds": round(1e3 * bare, 2),
-            "figures": figures,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+        report(
+            options.json,
+            options.seed,
+            matrix={"chunks": options.chunks, "dimension": options.dimension, "type": "float32"},
+            repetitions=options.repetitions,
+            bare_scan_milliseconds=round(1e3 * bare, 2),
+            figures=figures,
+        )
 
 
 def parse() -> argparse.Namespace:
@@ -140,23 +132,6 @@ def peak(call: Callable[[], torch.Tensor], whole: int) -> float | None:
 def resident(field: str) -> int:
     """A line of /proc/self/status, in bytes."""
     return 1024 * int(re.findall(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
-
-
-def machine() -> dict[str, str | int]:
-    """What the figures depend on."""
-    try:
-        processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0]
-    except (OSError, IndexError):
-        processor = platform.processor()
-    return {
-        "processor": processor,
-        "cores": os.cpu_count() or 0,
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def show(figures: list[dict[str, Any]], bare: float, matrix: torch.Tensor) -> None:

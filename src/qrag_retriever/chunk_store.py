@@ -1,30 +1,55 @@
-"""The chunks of an index as immutable sequences, in memory or read from a saved index.
-
-A record is one line of JSON: id, text, metadata and, where they say more, the embedded text and the
-node.
-"""
+"""The chunks of an index as immutable sequences: in memory, or in SQLite for a saved index."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import hashlib
 import itertools
 import json
+import mmap
+import os
+import sqlite3
+import tempfile
+import threading
+import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, overload
-
-import numpy as np
+from pathlib import Path
+from typing import Any, overload
 
 from qrag_retriever.chunk import Chunk
 from qrag_retriever.errors import IndexFormatError, InvalidInputError
 from qrag_retriever.nodes import is_node, node_from_record, node_to_record
 
-if TYPE_CHECKING:
-    import mmap
-    from pathlib import Path
+# id, metadata as JSON, text, embed_text unless it is the text, LlamaIndex node if any as JSON
+Record = tuple[str, str, str, str | None, str | None]
 
-    from numpy.typing import NDArray
+# metadata goes first: a filter then need not step over long texts to get at it
+_COLUMNS = "id, metadata, text, embed_text, node"
+# no one reads a new file before it is whole, and one that was cut short is thrown away
+_SCHEMA = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+PRAGMA temp_store = MEMORY;
+CREATE TABLE chunks (
+    row INTEGER PRIMARY KEY,
+    id TEXT NOT NULL,
+    metadata TEXT NOT NULL,
+    text TEXT NOT NULL,
+    embed_text TEXT,
+    node TEXT
+);
+"""
+_MOST_BYTES = 900_000_000  # SQLite takes 10**9 in a row, some of which it needs itself
+_AT_ONCE = 1000  # rows read or written by one query when there are many
+
+# Queries run under one lock. A fork waits for it: the child would never get a lock, ours or one
+# inside SQLite, that another thread held at that moment.
+_LOCK = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_LOCK.acquire, after_in_parent=_LOCK.release, after_in_child=_LOCK.release
+    )
 
 
 class ChunkSequence(Sequence[Chunk]):
@@ -39,11 +64,11 @@ class ChunkSequence(Sequence[Chunk]):
         """The metadata of every chunk in order, without making the chunks."""
 
     @abstractmethod
-    def records(self) -> Iterator[bytes]:
-        """Every chunk in order as a line of JSON.
+    def records(self) -> Iterable[Record]:
+        """Every chunk in order as :func:`write_chunks` takes it.
 
         Raises:
-            InvalidInputError: If a chunk holds something that is not JSON.
+            InvalidInputError: If a chunk holds something that cannot be saved.
         """
 
 
@@ -87,9 +112,9 @@ class MemoryChunks(ChunkSequence):
         """The metadata of every chunk in order."""
         return (chunk.metadata for chunk in self)
 
-    def records(self) -> Iterator[bytes]:
-        """Every chunk in order as a line of JSON."""
-        return map(_record, self)
+    def records(self) -> Iterable[Record]:
+        """Every chunk in order as :func:`write_chunks` takes it."""
+        return [_record(chunk) for chunk in self]
 
     def __len__(self) -> int:
         return self._count
@@ -107,109 +132,204 @@ class MemoryChunks(ChunkSequence):
 
 
 class StoredChunks(ChunkSequence):
-    """Chunks of a saved index, read from mapped files when asked for.
+    """Chunks of a saved index, read from SQLite when asked for.
 
-    The maps hold on to their files: threads and forked processes share them, and a writer that
-    replaces the index does not disturb them.
+    The file never changes, a writer that replaces the index makes another one. Threads, processes
+    and forked processes read it without locking it, and go on when a writer has removed it.
 
     Args:
-        lines: All records, one after the other.
-        offsets: Where record ``i`` begins and, at ``i + 1``, ends; int64 ``[N + 1]``.
-        table: The result of :func:`id_table` for these chunks; uint64 ``[2, N]``.
-        path: Where they come from, for error messages.
+        path: The database that :func:`write_chunks` made.
+        count: How many chunks it must hold.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        IndexFormatError: If it holds something else. So do all methods, once they come across it.
     """
 
-    def __init__(
-        self,
-        lines: mmap.mmap | bytes,
-        offsets: NDArray[np.int64],
-        table: NDArray[np.uint64],
-        path: Path,
-    ) -> None:
-        self._lines = lines
-        self._offsets = offsets
-        self._table = table
-        self._path = path
+    def __init__(self, path: Path, count: int) -> None:
+        self._path = path.absolute()
+        self._count = count
+        with path.open("rb") as file:
+            self._file = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._connection = self._connect(self._path)
+        self._process = os.getpid()
+        ((found,),) = self._read("SELECT ifnull(max(row), -1) + 1 FROM chunks")
+        if found != count:
+            raise self._damaged(f"it holds {found} chunks instead of {count}")
 
     def find(self, id_: str) -> int | None:
         """Row of the chunk with an id, ``None`` if there is none."""
-        digests, rows = self._table
-        digest = _digest(id_)
-        for place in range(int(np.searchsorted(digests, digest)), len(digests)):
-            if digests[place] != digest:
-                break
-            row = int(rows[place])
-            if self._values(row)["id"] == id_:
-                return row
+        try:
+            str.encode(id_)
+        except (TypeError, UnicodeEncodeError):  # nothing that could have been saved
+            return None
+        for (row,) in self._read("SELECT row FROM chunks WHERE id = ?", id_):
+            if row not in range(self._count):
+                raise self._damaged(f"{id_!r} is in row {row}")
+            return int(row)
         return None
 
     def metadatas(self) -> Iterator[dict[str, Any]]:
         """The metadata of every chunk in order, without making the chunks."""
-        return (self._values(row)["metadata"] for row in range(len(self)))
+        rows = range(self._count)
+        return (self._parsed(row, text) for row, (text,) in self._select("metadata", rows))
 
-    def records(self) -> Iterator[bytes]:
-        """Every chunk in order as a line of JSON."""
-        return map(self._record, range(len(self)))
-
-    def _record(self, row: int) -> bytes:
-        return self._lines[int(self._offsets[row]) : int(self._offsets[row + 1])]
-
-    def _values(self, row: int) -> dict[str, Any]:
-        try:
-            values: dict[str, Any] = json.loads(self._record(row).decode("utf-8", "surrogatepass"))
-            if {"id", "text", "metadata"} <= values.keys():
-                return values
-        except (ValueError, TypeError, AttributeError, IndexError):
-            pass
-        raise IndexFormatError(
-            f"Record {row} of the index in {self._path} is corrupt. Restore the folder from a copy "
-            "or build the index again."
-        )
-
-    def _chunk(self, row: int) -> Chunk:
-        values = self._values(row)
-        if "node" in values:
-            node = node_from_record(values.pop("node"), values["id"], values["metadata"])
-            return Chunk(**values, source=node)
-        return Chunk(**values)
+    def records(self) -> Iterable[Record]:
+        """Every chunk in order as :func:`write_chunks` takes it."""
+        return (record for _, record in self._select(_COLUMNS, range(self._count)))
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return self._count
 
     def __iter__(self) -> Iterator[Chunk]:
-        return map(self._chunk, range(len(self)))
+        return self._chunks(range(self._count))
 
     @overload
     def __getitem__(self, row: int) -> Chunk: ...
     @overload
     def __getitem__(self, row: slice) -> list[Chunk]: ...
     def __getitem__(self, row: int | slice) -> Chunk | list[Chunk]:
-        rows = range(len(self))[row]
-        return self._chunk(rows) if isinstance(rows, int) else [self._chunk(i) for i in rows]
+        rows = range(self._count)[row]
+        if isinstance(rows, int):
+            return next(self._chunks(range(rows, rows + 1)))
+        return [*self._chunks(rows)] if rows.step > 0 else [*self._chunks(rows[::-1])][::-1]
+
+    def _chunks(self, rows: range) -> Iterator[Chunk]:
+        return itertools.starmap(self._chunk, self._select(_COLUMNS, rows))
+
+    def _chunk(self, row: int, record: Record) -> Chunk:
+        id_, metadata_json, text, embed_text, node_json = record
+        metadata = self._parsed(row, metadata_json)
+        node = None if node_json is None else self._parsed(row, node_json)
+        try:
+            source = None if node is None else node_from_record(node, id_, metadata)
+            return Chunk(id_, text, metadata, embed_text or text, source)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"chunk {row}: {error}") from error
+
+    def _parsed(self, row: int, text: str) -> dict[str, Any]:
+        try:
+            value = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise self._damaged(f"chunk {row}: {error}") from error
+        if not isinstance(value, dict):
+            raise self._damaged(f"chunk {row}: {text!r:.50} is not a JSON object")
+        return value
+
+    def _select(self, columns: str, rows: range) -> Iterator[tuple[int, Any]]:
+        """Rows of the table with their numbers; `rows` must ascend."""
+        query = (
+            f"SELECT {columns} FROM chunks "  # noqa: S608 (columns are constants)
+            "WHERE row BETWEEN ? AND ? AND (row - ?) % ? = 0 ORDER BY row"
+        )
+        for start in range(0, len(rows), _AT_ONCE):
+            some = rows[start : start + _AT_ONCE]
+            found = self._read(query, some[0], some[-1], some[0], some.step)
+            if len(found) != len(some):
+                raise self._damaged(f"chunks are missing between {some[0]} and {some[-1]}")
+            yield from zip(some, found, strict=True)
+
+    def _read(self, query: str, *values: str | int) -> list[Any]:
+        with _LOCK:
+            if self._process != os.getpid():  # a fork must not use its parent's connection
+                self._connection = self._connect_again()
+                self._process = os.getpid()
+            try:
+                return self._connection.execute(query, values).fetchall()
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                raise self._damaged(str(error)) from error
+
+    def _connect(self, path: Path) -> sqlite3.Connection:
+        try:
+            connection = _connect(path, "mode=ro&immutable=1")
+        except sqlite3.Error as error:
+            path.open("rb").close()  # the usual reasons are an OSError, which says more
+            raise self._damaged(str(error)) from error
+        weakref.finalize(self, connection.close)
+        return connection
+
+    def _connect_again(self) -> sqlite3.Connection:
+        try:
+            return self._connect(self._path)
+        except FileNotFoundError:  # removed since, but still there for us
+            with tempfile.NamedTemporaryFile() as copied:
+                copied.write(self._file)
+                copied.flush()
+                return self._connect(Path(copied.name))
+
+    def _damaged(self, what: str) -> IndexFormatError:
+        return damaged(self._path.parent, f"{self._path.name}: {what}")
 
 
-def id_table(ids: Iterable[str]) -> NDArray[np.uint64]:
-    """What :class:`StoredChunks` finds ids with: sorted digests and the rows they are of."""
-    digests = np.fromiter(map(_digest, ids), dtype=np.uint64)
-    order = np.argsort(digests, kind="stable")
-    return np.stack([digests[order], order.astype(np.uint64)])
+def write_chunks(path: Path, records: Iterable[Record]) -> None:
+    """Make a database of chunks.
+
+    It is on disk, safe from a power failure, only once the caller has synced the file.
+
+    Args:
+        path: A file that does not exist.
+        records: The chunks in order, see :meth:`ChunkSequence.records`.
+
+    Raises:
+        OSError: If that is not possible. What is there then is no database.
+    """
+    rows = ((row, *record) for row, record in enumerate(records))
+    try:
+        with contextlib.closing(_connect(path.absolute(), "nolock=1")) as connection:
+            with _LOCK:
+                connection.executescript(_SCHEMA)
+            while some := [*itertools.islice(rows, _AT_ONCE)]:
+                with _LOCK:  # not for all of them, readers are waiting
+                    connection.executemany("INSERT INTO chunks VALUES (?, ?, ?, ?, ?, ?)", some)
+            with _LOCK:
+                connection.execute("CREATE UNIQUE INDEX ids ON chunks (id)")
+                connection.commit()
+    except sqlite3.OperationalError as error:
+        raise OSError(
+            f"{path} cannot be written ({error}). Free some space, or save elsewhere."
+        ) from error
 
 
-def _digest(id_: str) -> np.uint64:
-    data = hashlib.blake2b(id_.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return np.uint64(int.from_bytes(data, "little"))
+def damaged(folder: Path, what: str) -> IndexFormatError:
+    """The error for a saved index in which something is wrong."""
+    return IndexFormatError(
+        f"The index in {folder} is damaged: {what}. Restore the folder from a copy or build the "
+        "index again."
+    )
 
 
-def _record(chunk: Chunk) -> bytes:
+def _connect(path: Path, options: str) -> sqlite3.Connection:
+    address = f"{path.as_uri()}?{options}"
+    with _LOCK:
+        return sqlite3.connect(address, uri=True, check_same_thread=False)
+
+
+def _record(chunk: Chunk) -> Record:
     _require_json(chunk.metadata, chunk.id, "metadata")
-    values = {"id": chunk.id, "text": chunk.text, "metadata": chunk.metadata}
-    if chunk.embed_text != chunk.text:
-        values["embed_text"] = chunk.embed_text
+    embed_text = None if chunk.embed_text == chunk.text else chunk.embed_text
+    node = None
     if is_node(chunk.source):
-        values["node"] = node_to_record(chunk.source)
-        _require_json(values["node"], chunk.id, "node")
-    text = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass") + b"\n"
+        values = node_to_record(chunk.source)
+        _require_json(values, chunk.id, "node")
+        node = _json(values)
+    record = (chunk.id, _json(chunk.metadata), chunk.text, embed_text, node)
+    try:
+        size = sum(len(part.encode()) for part in record if part is not None)
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"Chunk {chunk.id!r} cannot be saved: it is not valid Unicode ({error}). Clean the "
+            "text, for example with text.encode('utf-8', 'replace').decode()."
+        ) from error
+    if size > _MOST_BYTES:
+        raise InvalidInputError(
+            f"Chunk {chunk.id!r} cannot be saved: it has {size} bytes, more than {_MOST_BYTES}. "
+            "Split it."
+        )
+    return record
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _require_json(value: object, id_: str, where: str) -> None:

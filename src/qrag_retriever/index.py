@@ -84,10 +84,11 @@ class ChunkIndex:
             show_progress: Show a progress bar.
 
         Raises:
-            InvalidInputError: See :meth:`add`.
+            InvalidInputError: If there are no texts, and see :meth:`add`.
         """
         index = cls(model, ann=ann)
-        index.add(texts, metadatas=metadatas, ids=ids, show_progress=show_progress)
+        if not index.add(texts, metadatas=metadatas, ids=ids, show_progress=show_progress):
+            raise InvalidInputError("There are no chunks; give at least one text.")
         return index
 
     @classmethod
@@ -102,10 +103,13 @@ class ChunkIndex:
         """Make an index of Documents, nodes, chunks and texts, in any mix.
 
         Raises:
-            InvalidInputError: See :meth:`add`.
+            InvalidInputError: If there are none, and see :meth:`add`.
         """
         index = cls(model, ann=ann)
-        index.add(items, show_progress=show_progress)
+        if not index.add(items, show_progress=show_progress):
+            raise InvalidInputError(
+                "There are no chunks; give at least one Document, node, chunk or text."
+            )
         return index
 
     @classmethod
@@ -232,8 +236,10 @@ class ChunkIndex:
             path: A new or empty folder, or one with an index.
 
         Raises:
-            InvalidInputError: If the folder holds something else, or a chunk's metadata is not
-                JSON. Nothing is written then. (Tuples are saved as lists.)
+            InvalidInputError: If the folder holds something else, a chunk's metadata is not JSON,
+                or its text is not valid Unicode. Nothing is written then. (Tuples are saved as
+                lists.)
+            OSError: If the folder cannot be written to, or the disk is full.
         """
         snapshot = self._snapshot
         ann = snapshot.ann if self.ann == "hnsw" else None

@@ -1,15 +1,13 @@
 """An index on disk: one folder that holds the old index or the new one, at every moment.
 
     manifest.json               format version, model fingerprint, and which files are the index
-    chunks-<generation>.jsonl   the chunks, one record a line
-    offsets-<generation>.npy    where each record begins
-    ids-<generation>.npy        digests of the ids, sorted, to find a chunk by id
+    chunks-<generation>.sqlite  the chunks
     embeddings-<generation>.npy float32 [N, d]
     ann-<generation>.faiss      the approximate index, if there is one
 
 A save writes the files of a new generation, then replaces the manifest: that one rename is the
-commit. Files that the manifest does not name are leftovers and are removed afterwards. All files
-are memory-mapped, so a reader keeps what it loaded although a writer has since replaced it.
+commit. Files that the manifest does not name are leftovers and are removed afterwards. A reader
+keeps its files open, so it keeps what it loaded although a writer has since replaced it.
 """
 
 from __future__ import annotations
@@ -18,18 +16,17 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
-import mmap
 import os
 import re
 import secrets
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from qrag_retriever.ann import AnnKind
-from qrag_retriever.chunk_store import ChunkSequence, StoredChunks, id_table
+from qrag_retriever.chunk_store import ChunkSequence, StoredChunks, damaged, write_chunks
 from qrag_retriever.errors import IndexFormatError, InvalidInputError
 
 if TYPE_CHECKING:
@@ -40,7 +37,7 @@ if TYPE_CHECKING:
 FORMAT = "qrag-index"
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
-_OWN_FILE = re.compile(r"(chunks|offsets|ids|embeddings|ann)-[0-9a-f]{16}\.(jsonl|npy|faiss)")
+_OWN_FILE = re.compile(r"(chunks|embeddings|ann)-[0-9a-f]{16}\.(sqlite|npy|faiss)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +66,14 @@ def write_index(folder: Path, content: IndexContent) -> None:
         InvalidInputError: If a chunk cannot be saved, or the folder holds something else. Nothing
             has been written then.
     """
-    records = list(content.chunks.records())
+    records = content.chunks.records()
     generation = secrets.token_hex(8)
-    files: dict[str, tuple[str, Callable[[_Checked], object]]] = {
-        "chunks": ("jsonl", lambda file: [file.write(record) for record in records]),
-        "offsets": ("npy", _array(np.cumsum([0, *map(len, records)], dtype=np.int64))),
-        "ids": ("npy", _array(id_table(chunk.id for chunk in content.chunks))),
-        "embeddings": ("npy", _array(content.embeddings)),
+    files: dict[str, tuple[str, Callable[[Path], object]]] = {
+        "chunks": ("sqlite", lambda path: write_chunks(path, records)),
+        "embeddings": ("npy", lambda path: np.save(path, content.embeddings, allow_pickle=False)),
     }
     if content.ann is not None:
-        ann = content.ann
-        files["ann"] = ("faiss", lambda file: file.write(ann.data))
+        files["ann"] = ("faiss", content.ann.tofile)
     _require_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_writer(folder):
@@ -101,7 +95,7 @@ def write_index(folder: Path, content: IndexContent) -> None:
             }
             text = json.dumps(manifest, indent=2).encode()
             draft = folder / f"{_MANIFEST}.tmp"
-            _write(draft, lambda file: file.write(text))
+            _write(draft, lambda path: path.write_bytes(text))
             _sync_folder(folder)
             os.replace(draft, folder / _MANIFEST)  # noqa: PTH105 (tests make it fail)
             _sync_folder(folder)
@@ -124,7 +118,7 @@ def read_index(folder: Path, *, verify: bool) -> IndexContent:
         return _open(folder, manifest, verify)
     except FileNotFoundError as error:
         if _read_manifest(folder)["generation"] == manifest["generation"]:
-            raise _broken(folder, f"{Path(error.filename).name} is missing") from error
+            raise damaged(folder, f"{Path(error.filename).name} is missing") from error
     return read_index(folder, verify=verify)  # a writer has replaced the index in between
 
 
@@ -133,32 +127,22 @@ def _open(folder: Path, manifest: dict[str, Any], verify: bool) -> IndexContent:
     for entry in files.values():
         size = (folder / entry["name"]).stat().st_size
         if size != entry["size"]:
-            raise _broken(folder, f"{entry['name']} has {size} bytes instead of {entry['size']}")
-    maps = {kind: _map(folder / entry["name"]) for kind, entry in files.items()}
+            raise damaged(folder, f"{entry['name']} has {size} bytes instead of {entry['size']}")
+    paths = {kind: folder / entry["name"] for kind, entry in files.items()}
     if verify:
         for kind, entry in files.items():
-            if zlib.crc32(maps[kind]) != entry["crc32"]:
-                raise _broken(folder, f"{entry['name']} does not match its checksum")
-    count, dimension = manifest["count"], manifest["dimension"]
-    shapes = {
-        "offsets": (np.int64, (count + 1,)),
-        "ids": (np.uint64, (2, count)),
-        "embeddings": (np.float32, (count, dimension)),
-    }
-    arrays: dict[str, NDArray[Any]] = {}
-    for kind, (dtype, shape) in shapes.items():
-        name = files[kind]["name"]
-        try:
-            arrays[kind] = np.load(folder / name, mmap_mode="r").view(np.ndarray)
-        except (ValueError, EOFError) as error:
-            raise _broken(folder, f"{name} has no valid header") from error
-        if arrays[kind].dtype != dtype or arrays[kind].shape != shape:
-            raise _broken(folder, f"{name} does not hold {np.dtype(dtype).name} {shape}")
-    if arrays["offsets"][0] != 0 or arrays["offsets"][-1] != len(maps["chunks"]):
-        raise _broken(folder, f"{files['offsets']['name']} does not fit the chunks")
-    chunks = StoredChunks(maps["chunks"], arrays["offsets"], arrays["ids"], folder)
-    ann = np.frombuffer(maps["ann"], dtype=np.uint8) if "ann" in maps else None
-    return IndexContent(chunks, arrays["embeddings"], manifest["fingerprint"], manifest["ann"], ann)
+            if _crc32(paths[kind]) != entry["crc32"]:
+                raise damaged(folder, f"{entry['name']} does not match its checksum")
+    shape = (manifest["count"], manifest["dimension"])
+    try:
+        embeddings = np.load(paths["embeddings"], mmap_mode="r").view(np.ndarray)
+    except (ValueError, EOFError) as error:
+        raise damaged(folder, f"{paths['embeddings'].name} has no valid header") from error
+    if embeddings.dtype != np.float32 or embeddings.shape != shape:
+        raise damaged(folder, f"{paths['embeddings'].name} does not hold float32 {shape}")
+    chunks = StoredChunks(paths["chunks"], shape[0])
+    ann = np.memmap(paths["ann"], np.uint8, mode="r").view(np.ndarray) if "ann" in paths else None
+    return IndexContent(chunks, embeddings, manifest["fingerprint"], manifest["ann"], ann)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -170,7 +154,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             "ChunkIndex.save() wrote."
         ) from error
     except ValueError as error:
-        raise _broken(folder, f"{_MANIFEST} is not valid JSON") from error
+        raise damaged(folder, f"{_MANIFEST} is not valid JSON") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise IndexFormatError(f"{folder / _MANIFEST} does not describe a {FORMAT}.")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -179,7 +163,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"release reads {FORMAT_VERSION}. Upgrade qrag-retriever or build the index again."
         )
     if not _is_complete(manifest):
-        raise _broken(folder, f"{_MANIFEST} is incomplete")
+        raise damaged(folder, f"{_MANIFEST} is incomplete")
     return manifest
 
 
@@ -191,20 +175,13 @@ def _is_complete(manifest: dict[str, Any]) -> bool:
         and all(isinstance(manifest.get(name), int) for name in numbers)
         and manifest.get("ann") in get_args(AnnKind)
         and isinstance(files, dict)
-        and {"chunks", "offsets", "ids", "embeddings"} <= files.keys()
+        and {"chunks", "embeddings"} <= files.keys()
         and all(
             isinstance(entry, dict)
             and _OWN_FILE.fullmatch(str(entry.get("name")))
             and {"size", "crc32"} <= entry.keys()
             for entry in files.values()
         )
-    )
-
-
-def _broken(folder: Path, what: str) -> IndexFormatError:
-    return IndexFormatError(
-        f"The index in {folder} is damaged: {what}. Restore the folder from a copy or build the "
-        "index again."
     )
 
 
@@ -230,38 +207,20 @@ def _require_ours(folder: Path) -> None:
         )
 
 
-class _Checked:
-    """A file that counts and checksums what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.size = 0
-        self.crc32 = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        self.size += len(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
-        return self._file.write(data)
-
-
-def _array(array: NDArray[Any]) -> Callable[[_Checked], object]:
-    return lambda file: np.lib.format.write_array(file, array, allow_pickle=False)
-
-
-def _write(path: Path, write: Callable[[_Checked], object]) -> dict[str, Any]:
-    with path.open("wb") as file:
-        checked = _Checked(file)
-        write(checked)
-        file.flush()
+def _write(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
+    """Have a file written, bring it safely to disk, and describe it."""
+    write(path)
+    with path.open("r+b") as file:
         os.fsync(file.fileno())
-    return {"name": path.name, "size": checked.size, "crc32": checked.crc32}
+    return {"name": path.name, "size": path.stat().st_size, "crc32": _crc32(path)}
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
+def _crc32(path: Path) -> int:
+    checksum = 0
     with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return b""  # cannot be mapped
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        while block := file.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _sync_folder(folder: Path) -> None:

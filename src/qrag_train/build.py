@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from qrag_retriever.errors import ConfigError, MissingDependencyError
 from qrag_retriever.model import QRAGModel
+from qrag_retriever.model_files import is_qrag_model
 from qrag_retriever.positions import PositionMode
-from qrag_train.module import QRAGTrainingModule
 from qrag_train.scratch import ScratchConfig, make_encoder
 from qrag_train.settings import OptimizerConfig, PQNConfig
-
-if TYPE_CHECKING:
-    pass
+from qrag_train.validation import ValidatedTrainingModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,58 +51,69 @@ class AdaptConfig:
 
 def build_module(
     encoder: str | None = None,
-    positions: PositionMode = "none",
-    max_steps: int = 4,
-    settings: dict[str, Any] | None = None,
     scratch: ScratchConfig | None = None,
-    adapt: AdaptConfig | None = None,
-    pqn: PQNConfig | None = None,
-    optimizer: OptimizerConfig | None = None,
+    positions: PositionMode | None = None,
+    max_steps: int | None = None,
+    settings: dict[str, Any] | None = None,
+    adapt: AdaptConfig = AdaptConfig(),
+    pqn: PQNConfig = PQNConfig(),
+    optimizer: OptimizerConfig = OptimizerConfig(),
     seed: int = 0,
-    folder: str | None = None,
     texts: Callable[[], Iterable[str]] | None = None,
-) -> QRAGTrainingModule:
-    """A module for training.
+) -> ValidatedTrainingModule:
+    """A module ready for training.
 
     Args:
         encoder: Embedder to start from, or a Q-RAG model to train on: folder or hub name. Left
             out: all-MiniLM-L6-v2.
+        scratch: Start from a new encoder of this size instead, its vocabulary from the training
+            texts.
         positions: How a chunk's place counts: "relative" to the chunks found so far (long
-            documents), its "absolute" number, or "none" (collections of passages).
-        max_steps: Retrieval budget T, in training and as the model's default.
-        settings: Further settings of the model (QRAGConfig), such as max_chunk_tokens.
-        scratch: Start from a new encoder of this size instead, its vocabulary from the texts.
+            documents), its "absolute" number, or "none" (collections of passages). Left out:
+            "none", or what a Q-RAG model had.
+        max_steps: Retrieval budget T, in training and as the model's default. Left out: 4, or
+            what a Q-RAG model had.
+        settings: Further settings of the model, those of QRAGConfig and `pooling` and `normalize`.
         adapt: What of a pretrained encoder is trained.
         pqn: The algorithm.
         optimizer: The optimiser and its schedule.
         seed: Seed of the policy's draws and of new weights.
-        folder: Where a new encoder is kept; one that is there already is used again.
-        texts: Gives the texts for its vocabulary.
+        texts: Gives the texts for the vocabulary of a new encoder.
 
     Raises:
         ConfigError: If settings contradict each other.
         ModelFormatError: If the encoder cannot be loaded.
     """
-    values = {"max_steps": max_steps, **(settings or {})}
-    if scratch is not None:
-        if encoder is not None or folder is None or texts is None:
-            raise ConfigError("A new encoder (scratch) takes a folder and texts, and no encoder.")
-        path = Path(folder)
-        if not (path / "config.json").is_file():
-            make_encoder(path, texts(), scratch, seed)
-        model = QRAGModel.from_encoder(path, positions, device="cpu", **values)
-        return QRAGTrainingModule(model, pqn, optimizer, seed=seed)
-    model = _pretrained(encoder, positions, values)
-    adapted(model, adapt or AdaptConfig())
-    return QRAGTrainingModule(model, pqn, optimizer, seed=seed)
+    given = {"positions": positions, "max_steps": max_steps}
+    values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    values |= settings or {}
+    if scratch is None:
+        model = adapted(starting_model(encoder, values), adapt)
+    else:
+        if encoder is not None or texts is None:
+            raise ConfigError("A new encoder (scratch) needs texts, and no encoder to start from.")
+        with tempfile.TemporaryDirectory() as folder:
+            make_encoder(folder, texts(), scratch, seed)
+            model = QRAGModel.from_encoder(folder, device="cpu", **values)
+    return ValidatedTrainingModule(model, pqn, optimizer, seed=seed)
 
 
-def _pretrained(encoder: str | None, positions: PositionMode, values: dict[str, Any]) -> QRAGModel:
-    if encoder is not None and (Path(encoder) / "qrag_config.json").is_file():
+def starting_model(encoder: str | None, values: dict[str, Any]) -> QRAGModel:
+    """The model that training starts from, on the CPU.
+
+    Args:
+        encoder: Embedder or Q-RAG model, folder or hub name; ``None``: all-MiniLM-L6-v2.
+        values: Settings that differ from its own.
+
+    Raises:
+        ConfigError: If settings do not fit it.
+        ModelFormatError: If it cannot be loaded.
+    """
+    if encoder is not None and is_qrag_model(encoder):
         model = QRAGModel.from_pretrained(encoder, device="cpu")
-        config = model.config.replace(positions=positions, **values)
+        config = model.config.replace(**values)
         return QRAGModel(model.state_encoder, model.action_encoder, config)
-    return QRAGModel.from_encoder(encoder, positions, device="cpu", **values)
+    return QRAGModel.from_encoder(encoder, device="cpu", **values)
 
 
 def adapted(model: QRAGModel, config: AdaptConfig) -> QRAGModel:

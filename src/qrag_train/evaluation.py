@@ -1,14 +1,17 @@
-"""Retrieval on annotated samples: search many at once, score, and choose ``q_threshold``."""
+"""Retrieval on annotated samples: search many at once, and score what was found."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from qrag_retriever.scoring import score
 from qrag_retriever.search import Beam, Search, SearchOptions
 from qrag_train.environment import in_state_order
+from qrag_train.metrics import retrieval_metrics, stop_kind, stop_rates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,6 +42,52 @@ def search_samples(
     for group in _groups(samples):
         results += _search_group(model, group, options)
     return results
+
+
+def evaluate(
+    model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions
+) -> dict[str, float]:
+    """Retrieve for all samples and score what was found (METHOD §5).
+
+    Args:
+        model: The model.
+        samples: Questions with their support.
+        options: How to search. With a ``q_threshold`` and one beam the scores also tell how often
+            it stopped early, at the right step, or late.
+
+    Returns:
+        ``fact_em``, ``fact_f1``, … as `retrieval_metrics`, ``recall@k`` for 1, 2, … up to the
+        budget, and perhaps ``stop_early``, ``stop_perfect`` and ``stop_late``.
+    """
+    whole = options
+    if options.beams == 1:  # a threshold only cuts the same trajectory short
+        whole = dataclasses.replace(options, q_threshold=None)
+    supports = [sample.support for sample in samples]
+    beams = search_samples(model, samples, whole)
+    paths = [beam.retrieved for beam in beams]
+    found = paths
+    if whole is not options:
+        found = [beam.retrieved[: steps_above(beam, options.q_threshold)] for beam in beams]
+    scores = retrieval_metrics(found, supports, ks=range(1, options.k + 1))
+    if options.q_threshold is not None and options.beams == 1:
+        lengths = [len(chunks) for chunks in found]
+        kinds = [stop_kind(*stop) for stop in zip(lengths, paths, supports, strict=True)]
+        scores |= {f"stop_{kind}": share for kind, share in stop_rates(kinds).items()}
+    return scores
+
+
+def steps_above(beam: Beam, threshold: float | None) -> int:
+    """Steps of a trajectory before the first whose Q lies below a threshold (paper App. B).
+
+    Args:
+        beam: A greedy trajectory, one chunk a step.
+        threshold: The threshold; ``None``: none is below.
+    """
+    if threshold is None:
+        return len(beam.picks)
+    # compared as a search compares them, in float32
+    below = (np.float32(pick.q_value) < threshold for pick in beam.picks)
+    return next((step for step, stops in enumerate(below) if stops), len(beam.picks))
 
 
 def _search_group(

@@ -89,6 +89,7 @@ def test_from_documents_takes_any_mix(kind):
         ((TEXTS, METADATAS[:2]), {}),
         ((TEXTS, None, ["same"] * len(TEXTS)), {}),
         ((TEXTS[0],), {}),
+        (([],), {}),
         ((TEXTS,), {"k": 0}),
         ((TEXTS,), {"k": 1, "similarity_top_k": 2}),
         ((TEXTS,), {"embed_model": "other"}),

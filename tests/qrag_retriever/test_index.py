@@ -30,6 +30,24 @@ def test_equal_texts_are_kept_in_order_and_embedded_once() -> None:
     assert model.encoded == ["a", "b"] * 2
 
 
+@pytest.mark.parametrize("make", [ChunkIndex.from_texts, ChunkIndex.from_documents])
+def test_an_index_of_nothing_is_refused(make: Any) -> None:
+    for nothing in ([], iter(())):
+        with pytest.raises(InvalidInputError, match="no chunks; give at least one"):
+            make(nothing, model=FakeModel())
+
+
+def test_an_emptied_index_goes_on(tmp_path: Path) -> None:
+    index = ChunkIndex.from_texts(["a"], ids=["1"], model=FakeModel())
+    index.delete(["1"])
+    index = pickle.loads(pickle.dumps(index))
+    index.save(tmp_path)
+    index = ChunkIndex.load(tmp_path, model=FakeModel())
+    assert len(index) == 0
+    index.add(["b"])
+    assert [chunk.text for chunk in index.snapshot().chunks] == ["b"]
+
+
 def test_mixed_items_are_embedded_as_their_frameworks_say() -> None:
     model = FakeModel()
     node = TextNode(text="n", metadata={"title": "T", "no": 1}, excluded_embed_metadata_keys=["no"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import multiprocessing
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,23 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_model import FakeModel, vectors_of
+from stored_index import make, texts_in
 
 from qrag_retriever import storage
 from qrag_retriever.errors import IndexFormatError
 from qrag_retriever.index import ChunkIndex
 
-FILES = 4  # of one generation
-
-
-def make(*texts: str) -> ChunkIndex:
-    return ChunkIndex.from_texts(texts, model=FakeModel())
-
-
-def texts_in(folder: Path) -> list[str]:
-    snapshot = ChunkIndex.load(folder, model=FakeModel(), verify=True).snapshot()
-    texts = [chunk.text for chunk in snapshot.chunks]
-    assert np.array_equal(snapshot.embeddings, vectors_of(texts))
-    return texts
+FILES = 2  # of one generation
 
 
 @pytest.fixture
@@ -57,6 +48,21 @@ def operations(monkeypatch: pytest.MonkeyPatch, fatal: int) -> list[str]:
 
         return call
 
+    class Connection(sqlite3.Connection):
+        executescript = deadly("executescript", sqlite3.Connection.executescript)
+        execute = deadly("execute", sqlite3.Connection.execute)
+        commit = deadly("commit", sqlite3.Connection.commit)
+
+        def executemany(self, query: str, rows: Any) -> Any:
+            insert = deadly("insert", lambda row: row)
+            return super().executemany(query, map(insert, rows))
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(
+        sqlite3,
+        "connect",
+        deadly("connect", lambda *args, **kw: connect(*args, **kw, factory=Connection)),
+    )
     for owner, name in (
         (os, "replace"),
         (os, "fsync"),
@@ -65,7 +71,7 @@ def operations(monkeypatch: pytest.MonkeyPatch, fatal: int) -> list[str]:
         (Path, "mkdir"),
         (Path, "unlink"),
         (builtins, "open"),
-        (storage._Checked, "write"),
+        (np, "save"),
     ):
         monkeypatch.setattr(owner, name, deadly(name, getattr(owner, name)))
     return done
@@ -99,24 +105,36 @@ def test_a_save_cut_short_anywhere_leaves_the_old_or_the_new_index(
         assert len(list(folder.glob("*-*"))) == FILES
         if complete:
             break
-    assert {"replace", "fsync", "open", "write"} <= set(done)
+    assert {"connect", "insert", "commit", "save", "open", "fsync", "replace"} <= set(done)
     commit = outcomes.index(["new", "newer", "newest"])
-    assert 10 < commit < len(outcomes)
+    assert done.count("insert") == 3
+    assert 15 < commit < len(outcomes)
     assert outcomes == [old] * commit + [["new", "newer", "newest"]] * (len(outcomes) - commit)
 
 
+@pytest.mark.parametrize("kind", ["chunks", "embeddings"])
 def test_an_ordinary_error_leaves_no_half_written_files(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    before = sorted(folder.iterdir())
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    connect = sqlite3.connect
 
-    def full(self: Any, data: bytes) -> int:
+    class Small(sqlite3.Connection):
+        def executescript(self, script: str) -> Any:
+            return super().executescript(script + "PRAGMA max_page_count = 50;")
+
+    def full(path: Path, array: Any, **_: Any) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storage._Checked, "write", full)
-    with pytest.raises(OSError, match="No space"):
-        make("new").save(folder)
-    assert sorted(folder.iterdir()) == before
+    if kind == "chunks":
+        monkeypatch.setattr(sqlite3, "connect", lambda *a, **kw: connect(*a, **kw, factory=Small))
+    else:
+        monkeypatch.setattr(np, "save", full)
+    index = make(*(str(n) * 200 for n in range(3000)))
+    with pytest.raises(OSError, match=r"cannot be written.*disk is full|No space"):
+        index.save(folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 WRITER = """
@@ -126,7 +144,8 @@ from fake_model import FakeModel
 from qrag_retriever.index import ChunkIndex
 
 model = FakeModel()
-indexes = [ChunkIndex.from_texts([f"{name} {i}" for i in range(50)], model=model) for name in "ab"]
+texts = [[f"{name} {i}" for i in range(3000)] for name in "ab"]
+indexes = [ChunkIndex.from_texts(some, model=model) for some in texts]
 while True:
     for index in indexes:
         index.save(sys.argv[2])
@@ -135,18 +154,27 @@ while True:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
-@pytest.mark.parametrize("saves", [1, 2, 5, 6])
-def test_a_writer_that_is_killed_leaves_a_whole_index(tmp_path: Path, saves: int) -> None:
-    arguments = [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(tmp_path / "index")]
+@pytest.mark.parametrize("saves", [1, 2])
+@pytest.mark.parametrize(
+    ("files", "count"), [("*", 0), ("chunks-*", 2), ("embeddings-*", 2), ("*.tmp", 1)]
+)
+def test_a_writer_that_is_killed_leaves_a_whole_index(
+    tmp_path: Path, saves: int, files: str, count: int
+) -> None:
+    folder = tmp_path / "index"
+    arguments = [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(folder)]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE) as writer:
         for _ in range(saves):
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"saved\n"
+        while len([*folder.glob(files)]) < count:  # a later save has come so far
+            pass
         writer.kill()
-    texts = texts_in(tmp_path / "index")
-    assert texts in ([f"{name} {i}" for i in range(50)] for name in "ab")
-    make("next").save(tmp_path / "index")  # the lock died with its owner
-    assert texts_in(tmp_path / "index") == ["next"]
+    texts = texts_in(folder)
+    assert texts in ([f"{name} {i}" for i in range(3000)] for name in "ab")
+    make("next").save(folder)  # the lock died with its owner
+    assert texts_in(folder) == ["next"]
+    assert len(list(folder.glob("*-*"))) == FILES
 
 
 def read_many(folder: str) -> set[str]:
@@ -206,26 +234,31 @@ def test_cleaning_up_removes_nothing_it_is_not_sure_of(
     assert texts_in(folder) == ["new"]
 
 
-@pytest.mark.parametrize("stage", ["stat", "map", "header"])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (Path, "stat"),
+        (storage, "_crc32"),
+        (np, "load"),
+        (storage, "StoredChunks"),
+        (sqlite3, "connect"),
+    ],
+)
 def test_a_reader_overtaken_by_a_writer_reads_the_new_index(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+    folder: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    owner, name = {
-        "stat": (storage, "_read_manifest"),
-        "map": (storage, "_map"),
-        "header": (np, "load"),
-    }[stage]
     original, overtaken = getattr(owner, name), []
+    newer = make("newer")
 
     def overtake(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
         if not overtaken:
             overtaken.append(True)
-            make("newer").save(folder)
-        return result
+            newer.save(folder)
+        return original(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, overtake)
     assert texts_in(folder) == ["newer"]
+    assert overtaken
 
 
 def test_a_loaded_index_outlives_its_files(folder: Path) -> None:
@@ -245,7 +278,10 @@ def test_a_loaded_index_outlives_its_files(folder: Path) -> None:
 
 
 def loaded_texts(start: int) -> list[str]:
-    return [LOADED.snapshot().chunks[row % len(LOADED)].text for row in range(start, start + 200)]
+    chunks = LOADED.snapshot().chunks
+    texts = [chunks[row % len(chunks)].text for row in range(start, start + 200)]
+    assert chunks._process == os.getpid()  # whose connection it is; SQLite forbids a parent's
+    return texts
 
 
 LOADED: ChunkIndex
@@ -253,13 +289,49 @@ LOADED: ChunkIndex
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_forked_processes_share_a_loaded_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replaced", [False, True])
+def test_forked_processes_share_a_loaded_index(tmp_path: Path, replaced: bool) -> None:
     global LOADED  # noqa: PLW0603 (fork passes it on)
     texts = [f"text {i}" * 50 for i in range(300)]
     make(*texts).save(tmp_path)
     LOADED = ChunkIndex.load(tmp_path, model=FakeModel())
+    assert loaded_texts(0) == texts[:200]
+    if replaced:
+        make("other").save(tmp_path)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
         results = [pool.submit(loaded_texts, start) for start in range(0, 300, 50)]
         assert loaded_texts(0) == texts[:200]
         for start, result in zip(range(0, 300, 50), results, strict=True):
             assert result.result() == (texts * 2)[start : start + 200]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_may_come_while_threads_read_and_save(tmp_path: Path) -> None:
+    global LOADED  # noqa: PLW0603
+    make(*map(str, range(5000))).save(tmp_path / "index")
+    LOADED = ChunkIndex.load(tmp_path / "index", model=FakeModel())
+    done = threading.Event()
+
+    def keep(busy: Any) -> None:
+        while not done.is_set():
+            busy()
+
+    def read_by_row() -> None:
+        assert loaded_texts(100) == [str(n) for n in range(100, 300)]
+
+    tasks = [read_by_row, lambda: [*LOADED.snapshot().chunks], lambda: LOADED.save(tmp_path / "o")]
+    threads = [threading.Thread(target=keep, args=[task]) for task in tasks]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(20):
+            child = multiprocessing.get_context("fork").Process(target=read_by_row)
+            child.start()
+            child.join(30)
+            child.kill()
+            assert child.exitcode == 0
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,47 @@ class Colours:
         wanted = tuple(sorted(rng.choice(self.n, size=self.support, replace=False).tolist()))
         names = " and ".join(things[i] for i in wanted)
         return SupportSample(f"{rng.integers(10**9)}", f"where is the {names}", chunks, wanted)
+
+
+def write_questions(file: Path, count: int, seed: int = 0, support: int = 1) -> Path:
+    """A JSONL file of such questions."""
+    rng = np.random.default_rng(seed)
+    samples = [Colours(support=support).sample(rng) for _ in range(count)]
+    lines = [
+        {"id": f"{seed}-{i}", "question": s.question, "chunks": s.chunks, "support": s.support}
+        for i, s in enumerate(samples)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def fit_options(folder: Path, updates: int = 6, **options: object) -> list[str]:
+    """The command that trains a new, tiny encoder; writes its data into the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {
+        "data.train_file": write_questions(folder / "train.jsonl", 40, seed=1),
+        "data.val_file": write_questions(folder / "val.jsonl", 12, seed=2),
+        "output_dir": folder / "run",
+        "model.scratch.layers": 1,
+        "model.scratch.dimension": 32,
+        "model.scratch.heads": 2,
+        "model.scratch.vocabulary": 200,
+        "model.scratch.max_tokens": 64,
+        "model.positions": "relative",
+        "model.max_steps": 2,
+        "model.pqn.environments": 4,
+        "model.pqn.random_transitions": 8,
+        "model.optimizer.lr": 3e-3,
+        "model.optimizer.warmup_updates": 2,
+        "trainer.max_steps": updates,
+        "trainer.val_check_interval": 2,
+        "trainer.log_every_n_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": "false",
+        "seed_everything": 3,
+        **options,
+    }
+    return ["fit", *(f"--{name}={value}" for name, value in values.items())]
 
 
 def tiny_model(folder: Path, positions: str = "relative", **settings: object) -> QRAGModel:

@@ -24,7 +24,7 @@ def _is_name(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
 
-def _is_question(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
@@ -49,7 +49,7 @@ _ID = _Field("a string that is not empty", _is_name)
 _METADATA = _Field("an object", lambda value: isinstance(value, dict), required=False)
 _QUESTION = {
     "id": _ID,
-    "question": _Field("a string that is not blank", _is_question),
+    "question": _Field("a string that is not blank", _is_text),
     "answer": _Field(
         "a string or null", lambda value: value is None or isinstance(value, str), required=False
     ),
@@ -68,7 +68,7 @@ _QUESTION_LINE = {
 }
 _CORPUS_LINE = {
     "id": _ID,
-    "text": _Field("a string", lambda value: isinstance(value, str)),
+    "text": _Field("a string that is not blank", _is_text),
     "metadata": _METADATA,
 }
 
@@ -93,7 +93,10 @@ def read_documents_jsonl(path: str | Path) -> SampleList:
     samples = []
     for line, record in _records(path, _DOCUMENT_LINE, problems):
         outside = [i for i in record["support"] if i >= len(record["chunks"])]
-        if outside:
+        blank = [i for i, text in enumerate(record["chunks"]) if not text.strip()]
+        if blank:
+            problems.add(f"line {line}", f"chunk {blank[0]} is blank; give its text")
+        elif outside:
             problems.add(
                 f"line {line}",
                 f"'support' holds {outside[0]}, but the {len(record['chunks'])} chunks are "

@@ -1,0 +1,142 @@
+"""The choice of ``q_threshold`` on validation data (paper App. B)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from qrag_retriever.config import QRAGConfig
+from qrag_retriever.errors import InvalidInputError, ModelFormatError
+from qrag_retriever.model_files import CONFIG_FILE
+from qrag_retriever.search import SearchOptions
+from qrag_train.evaluation import search_samples
+from qrag_train.metrics import fact_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from qrag_retriever.model import QRAGModel
+    from qrag_retriever.search import Beam
+    from qrag_train.data.sample import SupportSample
+
+
+class Thresholds(NamedTuple):
+    """What each threshold leads to, the highest first; float64 ``[n]`` each.
+
+    Attributes:
+        values: The thresholds; all others lead to what one of these leads to.
+        fact_em: Mean Fact-EM.
+        fact_f1: Mean Fact-F1.
+        steps: Mean number of chunks retrieved.
+    """
+
+    values: NDArray[np.float64]
+    fact_em: NDArray[np.float64]
+    fact_f1: NDArray[np.float64]
+    steps: NDArray[np.float64]
+
+
+class Calibration(NamedTuple):
+    """A threshold and what it leads to on the data it was chosen on."""
+
+    q_threshold: float
+    fact_em: float
+    fact_f1: float
+    steps: float
+
+
+def judge_thresholds(beams: Sequence[Beam], supports: Sequence[Sequence[int]]) -> Thresholds:
+    """Judge all thresholds from one record of searches without any.
+
+    A trajectory goes on under a threshold as long as the least of its Q-values so far is not below
+    it. Lowered step by step, the threshold lets one more trajectory take one more step at a time.
+
+    Args:
+        beams: Greedy trajectories of the whole budget.
+        supports: The support of each.
+    """
+    least: list[float] = []
+    gains: list[NDArray[np.float64]] = []
+    for beam, support in zip(beams, supports, strict=True):
+        scores = [fact_scores(beam.retrieved[:n], support) for n in range(len(beam.picks) + 1)]
+        table = np.array([(s.em, s.f1, n) for n, s in enumerate(scores)], dtype=np.float64)
+        least.extend(np.minimum.accumulate([pick.q_value for pick in beam.picks]))
+        gains.extend(np.diff(table, axis=0))
+    order = np.argsort(least)[::-1]
+    q = np.array(least, dtype=np.float32)[order]
+    totals = np.array(gains)[order].cumsum(axis=0) / len(beams)
+    last = np.flatnonzero(np.append(q[1:] != q[:-1], True))  # of each run of equal values
+    em, f1, steps = totals[last].T
+    return Thresholds(_between(q[last]), em, f1, steps)
+
+
+def calibrate(
+    model: QRAGModel,
+    samples: Sequence[SupportSample],
+    *,
+    k: int | None = None,
+    target_em: float | None = None,
+) -> Calibration:
+    """Choose the threshold below which a search stops.
+
+    Args:
+        model: The model; left as it is.
+        samples: Validation questions.
+        k: Budget of the searches; ``None``: the model's own.
+        target_em: Choose the fewest steps that reach this Fact-EM instead of the best Fact-F1.
+
+    Raises:
+        InvalidInputError: If the target is not reached with the whole budget.
+    """
+    beams = search_samples(model, samples, SearchOptions(k or model.config.max_steps, runners_up=0))
+    table = judge_thresholds(beams, [sample.support for sample in samples])
+    if target_em is None:
+        # of equal ones the one with the fewest steps
+        chosen = int(np.argmax(table.fact_f1))
+    else:
+        enough = np.flatnonzero(table.fact_em >= target_em - 1e-9)
+        if not len(enough):
+            raise InvalidInputError(
+                f"target_em={target_em} is not reached: all {k or model.config.max_steps} steps "
+                f"give Fact-EM {table.fact_em[-1]:.3f}. Give a lower target, or a larger k."
+            )
+        chosen = int(enough[0])
+    return Calibration(*(float(column[chosen]) for column in table))
+
+
+def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int) -> None:
+    """Put a threshold into a model folder, whole or not at all.
+
+    Args:
+        folder: The model.
+        calibration: The threshold and its figures, kept in the model's `training`.
+        max_steps: Budget it was chosen with, from now on the model's.
+
+    Raises:
+        ModelFormatError: If the folder holds no Q-RAG model.
+    """
+    file = Path(folder) / CONFIG_FILE
+    if not file.is_file():
+        raise ModelFormatError(
+            f"{folder} is no folder of a Q-RAG model; give one that save_pretrained wrote."
+        )
+    config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
+    config = config.replace(
+        q_threshold=calibration.q_threshold,
+        max_steps=max_steps,
+        training={**config.training, "calibration": calibration._asdict()},
+    )
+    part = file.with_name(file.name + ".part")
+    part.write_text(config.to_json(), encoding="utf-8")
+    part.replace(file)
+
+
+def _between(q: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Thresholds that let pass q[0], …, q[i] and nothing below, halfway to what is below."""
+    below = np.append(q[1:], q[-1])
+    middle = (q + below) / 2
+    return np.where(middle > below, middle, q).astype(np.float64)

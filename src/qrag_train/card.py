@@ -1,0 +1,96 @@
+"""The model card of a trained model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from qrag_retriever.config import QRAGConfig
+
+_CARD = """---
+library_name: qrag-retriever
+tags: [sentence-transformers, retrieval, multi-hop, q-rag]
+---
+
+# Q-RAG retriever
+
+Two encoders for multi-step retrieval (Q-RAG, arXiv 2511.07328), trained with `qrag-train`:
+⟨E_s(question and chunks found so far), E_a(chunk)⟩ is the value of fetching that chunk next.
+
+## Use
+
+In LangChain and LlamaIndex, from a list of texts, Documents or Nodes:
+
+```python
+from qrag_retriever import QRAGModel, QRAGRetriever
+
+retriever = QRAGRetriever.from_texts(chunks, model=QRAGModel.from_pretrained("{name}"))
+print(retriever.search("a question whose evidence lies in several places"))
+```
+
+As a plain embedder, for the first step alone:
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}")
+scores = model.encode_query(["a question"]) @ model.encode_document(chunks).T
+```
+
+## Figures
+
+On validation questions, {max_steps} chunks retrieved for each, after {updates} updates:
+
+{figures}
+
+## Data
+
+{data}
+
+## Settings
+
+Of the model, at the end of training (`qrag_config.json` counts):
+
+```json
+{model}
+```
+
+Of its training:
+
+```json
+{settings}
+```
+"""
+
+
+def model_card(name: str, config: QRAGConfig) -> str:
+    """The text of the README.md in a model folder.
+
+    Args:
+        name: How examples call the model.
+        config: Its settings; `training` may hold ``figures``, ``data``, ``settings``, ``updates``.
+    """
+    training = config.training
+    model = json.loads(config.replace(training={}).to_json())
+    del model["training"]
+    return _CARD.format(
+        name=name,
+        max_steps=config.max_steps,
+        updates=training.get("updates", "?"),
+        figures=_table(training.get("figures", {})),
+        data=_json_block(training.get("data", {})),
+        model=json.dumps(model, indent=2),
+        settings=json.dumps(training.get("settings", {}), indent=2),
+    )
+
+
+def _table(figures: Mapping[str, Any]) -> str:
+    rows = [f"| {name.removeprefix('val/')} | {value:.3f} |" for name, value in figures.items()]
+    return "\n".join(["| measure | value |", "| --- | --- |", *rows])
+
+
+def _json_block(values: Mapping[str, Any]) -> str:
+    return f"```json\n{json.dumps(values, indent=2)}\n```"

@@ -1,0 +1,129 @@
+"""What is looked at before a training starts, so that it does not fail hours later."""
+
+from __future__ import annotations
+
+import filecmp
+import warnings
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from qrag_retriever.errors import ConfigError
+from qrag_train.data.problems import Problems
+from qrag_train.data.source import looked_at
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from qrag_train.data.datamodule import SupportDataModule
+    from qrag_train.data.sample import SupportSample
+
+# Settings that may differ between a run and its resumption: they do not change what is learned.
+_FREE = (
+    "config",
+    "ckpt_path",
+    "output_dir",
+    "resume",
+    "preset",
+    "weights_only",
+    "checkpoint_minutes",
+)
+
+
+def check_run(data: SupportDataModule, budget: int) -> None:
+    """Look at the data of a training.
+
+    Args:
+        data: Training and validation data.
+        budget: Number T of chunks that an episode retrieves.
+
+    Raises:
+        DatasetError: If there is no training or validation data, a file is not as described, ids
+            repeat, or chunks are empty.
+        ConfigError: If the budget is smaller than the largest support.
+    """
+    train, val = data.sources("train"), data.sources("val")
+    for config, source in train + val:
+        finite = isinstance(source, Sequence)
+        check_samples(config.file, looked_at(source), budget, unique=finite)
+    for first, second in product(train, val):
+        if filecmp.cmp(first[0].file, second[0].file, shallow=False):
+            warnings.warn(
+                f"{second[0].file} is both training and validation data, so validation cannot "
+                "tell what was learned from what was memorised; hold some questions back.",
+                stacklevel=2,
+            )
+
+
+def check_samples(
+    name: str, samples: Iterable[SupportSample], budget: int, *, unique: bool = True
+) -> None:
+    """Look at questions one by one.
+
+    Args:
+        name: How messages call them.
+        samples: The questions.
+        budget: Number T of chunks that an episode retrieves.
+        unique: Whether ids may not repeat; stories that are told again have the same.
+
+    Raises:
+        DatasetError: If ids repeat, or chunks are empty.
+        ConfigError: If the budget is smaller than the largest support.
+    """
+    problems = Problems(name)
+    seen: set[str] = set()
+    chunks: tuple[str, ...] = ()
+    largest, needs_most = 0, ""
+    for number, sample in enumerate(samples, start=1):
+        where = f"question {number} ({sample.id})"
+        if unique and sample.id in seen:
+            problems.add(where, "has the id of an earlier question; give each its own")
+        seen.add(sample.id)
+        # questions on one corpus share its chunks
+        if sample.chunks is not chunks:
+            chunks = sample.chunks
+            for place, chunk in enumerate(chunks):
+                if not chunk.strip():
+                    problems.add(where, f"chunk {place} is empty; leave it out or give its text")
+        if len(sample.support) > largest:
+            largest, needs_most = len(sample.support), where
+    problems.raise_if_any()
+    if largest > budget:
+        raise ConfigError(
+            f"max_steps={budget} chunks are retrieved, but {needs_most} of {name} has {largest} "
+            f"support chunks, which no episode could complete; give --model.max_steps {largest} "
+            "or more."
+        )
+
+
+def check_same_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other settings.
+
+    Args:
+        before: Settings the run was started with.
+        now: Settings given.
+
+    Raises:
+        ConfigError: If any differ; names them with both values.
+    """
+    old, new = _flat(before), _flat(now)
+    lines = [
+        f"  {name}: {old.get(name)!r} before, {new.get(name)!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if name.split(".")[0] not in _FREE and old.get(name) != new.get(name)
+    ]
+    if lines:
+        raise ConfigError(
+            "The run was started with other settings; resume it with the same ones, or start anew "
+            "with another --output_dir:\n" + "\n".join(lines)
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

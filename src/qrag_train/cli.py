@@ -1,0 +1,207 @@
+"""The command ``qrag-train``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from qrag_retriever.errors import MissingDependencyError, QRAGError
+from qrag_train.data.sample import FixedSamples, SupportSample
+from qrag_train.data.source import Format, SourceConfig
+
+# What training.py runs; here for the overview alone.
+_TRAINING = {
+    "fit": "Train a model on questions with support annotations.",
+    "validate": "Judge a run's best model on its validation questions.",
+    "test": "Judge a run's best model on its test questions.",
+}
+_STORIES = 200
+_DESCRIPTION = "Train and judge Q-RAG models: retrieval in several steps, learned from annotations."
+
+
+def evaluate(
+    model: str,
+    data: str,
+    k: int | None = None,
+    q_threshold: float | None = None,
+    beams: int = 1,
+    baselines: bool = False,
+    output: str = "evaluation.json",
+    **source: Any,
+) -> None:
+    """Judge a model: print a table and write the figures to a JSON file.
+
+    Args:
+        model: Folder or hub name of a Q-RAG model, or of an embedder, which is then judged as it
+            is.
+        data: File with questions and their support.
+        k: Budget: number of chunks retrieved for a question; left out: the model's own.
+        q_threshold: Also judge searches that stop below this Q; left out: the model's own.
+        beams: Number of trajectories followed at once; 1: greedy.
+        baselines: Also judge one step alone (ordinary dense retrieval), and the embedder that the
+            model was trained from.
+        output: The JSON file.
+        source: What kind of file it is.
+    """
+    from qrag_retriever.model import resolve_model
+    from qrag_train.report import markdown, reports
+
+    judged = resolve_model(model)
+    rows = []
+    for name, samples in read_questions(data, **source).items():
+        judgements = reports(judged, samples, k, q_threshold, beams, baselines=baselines)
+        rows += [{"data": name, "questions": len(samples), **report} for report in judgements]
+    print(markdown(rows))
+    text = json.dumps({"model": model, "rows": rows}, indent=2)
+    Path(output).write_text(text + "\n", encoding="utf-8")
+
+
+def calibrate(
+    model: str,
+    data: str,
+    target_em: float | None = None,
+    k: int | None = None,
+    **source: Any,
+) -> None:
+    """Choose the Q below which a model stops, on validation questions, and write it into the model.
+
+    Args:
+        model: Folder of a Q-RAG model.
+        data: File with validation questions and their support.
+        target_em: Choose the fewest steps that reach this Fact-EM; left out: the best Fact-F1.
+        k: Budget of a search, which becomes the model's; left out: the model's own.
+        source: What kind of file it is.
+    """
+    from qrag_retriever.model import QRAGModel
+    from qrag_train import calibration
+
+    judged = QRAGModel.from_pretrained(model)
+    budget = k or judged.config.max_steps
+    samples = [s for part in read_questions(data, **source).values() for s in part]
+    chosen = calibration.calibrate(judged, samples, k=budget, target_em=target_em)
+    calibration.write_threshold(model, chosen, budget)
+    print(
+        f"q_threshold={chosen.q_threshold:.4f} of at most {budget} steps, on {len(samples)} "
+        f"questions: Fact-EM {chosen.fact_em:.3f}, Fact-F1 {chosen.fact_f1:.3f}, "
+        f"{chosen.steps:.2f} steps. Written into {model}."
+    )
+
+
+def import_checkpoint(
+    source: str,
+    target: str,
+    encoder: str | None = None,
+    checkpoint: Literal["best", "last"] | None = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Convert a checkpoint published with the Q-RAG paper to a model folder.
+
+    Args:
+        source: Folder with config.yaml and model_best.pt or model_last.pt.
+        target: Folder to write the model to.
+        encoder: Folder or hub name of the embedder that was trained; left out: the config's.
+        checkpoint: Which of the two; left out: the best if there is one.
+        trust_remote_code: Let the embedder's own code run.
+    """
+    from qrag_retriever.reference import load_reference_checkpoint
+
+    model = load_reference_checkpoint(
+        source, encoder, checkpoint=checkpoint, device="cpu", trust_remote_code=trust_remote_code
+    )
+    print(f"Wrote {model.save_pretrained(target)}.")
+
+
+def read_questions(
+    data: str,
+    format: Format = "jsonl",
+    corpus: str | None = None,
+    background: str | None = None,
+    sentences: list[int] | None = None,
+    samples: int | None = None,
+) -> dict[str, Sequence[SupportSample]]:
+    """Questions to judge a model on, by a name for each set.
+
+    Args:
+        data: The file.
+        format: Its kind: jsonl (a document per question), corpus (questions on the chunks of
+            --corpus), babilong (a bAbI file, hidden in --background), or the official files of
+            hotpotqa, musique or 2wiki.
+        corpus: For corpus: the JSONL file with the chunks.
+        background: For babilong: a folder of books as plain text.
+        sentences: For babilong: numbers of chunks of a document, such as [50,200,1200].
+        samples: Number of questions; left out: all, or 200 for babilong.
+
+    Raises:
+        DatasetError: If the file cannot be read or is not as described.
+    """
+    name = Path(data).stem
+    if format != "babilong":
+        source = SourceConfig(data, format, corpus).open()
+        assert isinstance(source, Sequence)
+        return {name: source[:samples]}
+    found: dict[str, Sequence[SupportSample]] = {}
+    for length in sentences or [60]:
+        stories = SourceConfig(data, format, None, background, sentences=(length, length)).open()
+        found[f"{name}, {length} sentences"] = FixedSamples(stories, samples or _STORIES, seed=0)
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: Command and options; left out: those of the process.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments and arguments[0] in _TRAINING:
+            _training(arguments)
+        else:
+            _other(arguments)
+    except QRAGError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _training(arguments: list[str]) -> None:
+    try:
+        from qrag_train.training import run
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Training needs {error.name}; install 'qrag-retriever[train]'."
+        ) from error
+    run(arguments)
+
+
+def _other(arguments: list[str]) -> None:
+    try:
+        from jsonargparse import auto_cli
+    except ImportError as error:
+        raise MissingDependencyError(
+            "qrag-train needs jsonargparse; install 'qrag-retriever[train]'."
+        ) from error
+    commands: dict[str, Any] = {
+        **{name: _overview(text) for name, text in _TRAINING.items()},
+        "evaluate": evaluate,
+        "calibrate": calibrate,
+        "import": import_checkpoint,
+    }
+    auto_cli(commands, args=arguments, prog="qrag-train", description=_DESCRIPTION)
+
+
+def _overview(text: str) -> Callable[[], None]:
+    def command() -> None: ...
+
+    command.__doc__ = text
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

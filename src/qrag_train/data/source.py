@@ -1,0 +1,100 @@
+"""A source of questions as settings name it: a file, its format and what goes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+from qrag_retriever.errors import DatasetError
+from qrag_train.data.babi import read_babi
+from qrag_train.data.babilong import BabiLong
+from qrag_train.data.books import BackgroundText
+from qrag_train.data.hotpotqa import read_hotpotqa
+from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
+from qrag_train.data.musique import read_musique
+from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample
+from qrag_train.data.twowiki import read_twowiki
+
+Format = Literal["jsonl", "corpus", "babilong", "hotpotqa", "musique", "2wiki"]
+
+_READERS = {
+    "jsonl": read_documents_jsonl,
+    "hotpotqa": read_hotpotqa,
+    "musique": read_musique,
+    "2wiki": read_twowiki,
+}
+# Samples of an endless source that are checked, and read for a vocabulary, before training.
+_LOOKED_AT = 200
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of questions.
+
+    Attributes:
+        file: The file with the questions.
+        format: Its kind: ``jsonl`` (a document per question), ``corpus`` (questions on the chunks
+            of ``corpus``), ``babilong`` (a bAbI file, hidden in ``background``), or the official
+            files of ``hotpotqa``, ``musique`` or ``2wiki``.
+        corpus: For ``corpus``: the JSONL file with the chunks.
+        background: For ``babilong``: a folder of books as plain text.
+        background_sentences: For ``babilong``: take that many sentences of the books, evenly
+            spread, so that they recur and `refresh_every` saves time; ``None``: all.
+        sentences: For ``babilong``: least and greatest number of chunks of a document.
+        weight: Share of the source in a mixture; ``None``: by its number of questions.
+
+    Raises:
+        DatasetError: If a setting that the format needs is missing.
+    """
+
+    file: str
+    format: Format = "jsonl"
+    corpus: str | None = None
+    background: str | None = None
+    background_sentences: int | None = None
+    sentences: tuple[int, int] = (60, 90)
+    weight: float | None = None
+
+    def __post_init__(self) -> None:
+        for format_, name in (("corpus", "corpus"), ("babilong", "background")):
+            if self.format == format_ and getattr(self, name) is None:
+                raise DatasetError(
+                    f"format={format_!r} needs {name!r}; give it beside {self.file}."
+                )
+
+    def open(self) -> SampleSource:
+        """Read the files.
+
+        Raises:
+            DatasetError: If a file is missing or not as described; says where.
+        """
+        if self.format == "corpus":
+            return read_corpus_jsonl(str(self.corpus), self.file)
+        if self.format == "babilong":
+            background = BackgroundText.from_folder(str(self.background))
+            if self.background_sentences is not None:
+                background = thinned(background, self.background_sentences)
+            return BabiLong(read_babi(self.file), background, self.sentences)
+        return _READERS[self.format](self.file)
+
+
+def looked_at(source: SampleSource) -> Sequence[SupportSample]:
+    """All questions of a finite source, a few hundred of an endless one."""
+    return source if isinstance(source, Sequence) else FixedSamples(source, _LOOKED_AT, seed=0)
+
+
+def thinned(background: BackgroundText, count: int) -> BackgroundText:
+    """``count`` sentences of a background in runs of 20 that are spread evenly over it.
+
+    Example:
+        >>> len(thinned(BackgroundText([str(i) for i in range(1000)]), 100).sentences)
+        100
+    """
+    sentences, run = background.sentences, 20
+    if count >= len(sentences):
+        return background
+    runs = -(-count // run)
+    starts = [(len(sentences) - run) * i // max(runs - 1, 1) for i in range(runs)]
+    kept = [sentence for start in starts for sentence in sentences[start : start + run]]
+    return BackgroundText(kept[:count])

@@ -1,0 +1,94 @@
+"""Several ways to retrieve side by side, as a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qrag_retriever.search import SearchOptions
+from qrag_train.build import starting_model
+from qrag_train.evaluation import evaluate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from qrag_retriever.model import QRAGModel
+    from qrag_train.data.sample import SupportSample
+
+_TITLES = {
+    "data": "data",
+    "questions": "questions",
+    "retrieval": "retrieval",
+    "fact_em": "Fact-EM",
+    "fact_f1": "Fact-F1",
+    "steps": "steps",
+    "stop_early": "early",
+    "stop_perfect": "perfect",
+    "stop_late": "late",
+}
+_RECALLS = (1, 2, 5, 10, 20, 50)
+
+
+def reports(
+    model: QRAGModel,
+    samples: Sequence[SupportSample],
+    k: int | None = None,
+    q_threshold: float | None = None,
+    beams: int = 1,
+    *,
+    baselines: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Judge a model on questions.
+
+    Args:
+        model: The model.
+        samples: The questions.
+        k: Budget; ``None``: the model's own.
+        q_threshold: Threshold of a second row; ``None``: the model's own, if it has one.
+        beams: Trajectories followed at once.
+        baselines: Add rows for one step alone and for the embedder before training.
+
+    Yields:
+        What was done, in words, as ``retrieval``, and the scores.
+    """
+    k = k or model.config.max_steps
+    q_threshold = model.config.q_threshold if q_threshold is None else q_threshold
+    searches = [(f"{k} steps", model, SearchOptions(k, beams=beams))]
+    if q_threshold is not None:
+        stopping = SearchOptions(k, q_threshold, beams)
+        searches.append((f"at most {k} steps, until Q < {q_threshold:.3f}", model, stopping))
+    if baselines:
+        searches += _baselines(model, k)
+    for name, judged, options in searches:
+        yield {"retrieval": name, **evaluate(judged, samples, options)}
+
+
+def _baselines(model: QRAGModel, k: int) -> Iterator[tuple[str, QRAGModel, SearchOptions]]:
+    once = SearchOptions(k, chunks_per_step=k)
+    yield f"the best {k} of one step", model, once
+    settings = model.config.training.get("settings", {}).get("model")
+    # what starts from random weights, or unknown ones, has nothing to be compared with
+    if settings is not None and settings["scratch"] is None:
+        values = {"positions": model.config.positions, **(settings["settings"] or {})}
+        untrained = starting_model(settings["encoder"], values).to(model.device)
+        yield f"before training, {k} steps", untrained, SearchOptions(k)
+        yield f"before training, the best {k} of one step", untrained, once
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Reports as a Markdown table; figures that none of them has are left out.
+
+    Example:
+        >>> print(markdown([{"retrieval": "2 steps", "fact_em": 0.5, "recall@1": 0.25}]))
+        | retrieval | Fact-EM | recall@1 |
+        | --- | --- | --- |
+        | 2 steps | 0.500 | 0.250 |
+    """
+    titles = _TITLES | {f"recall@{k}": f"recall@{k}" for k in _RECALLS}
+    used = [name for name in titles if any(name in row for row in rows)]
+    lines = [[titles[name] for name in used], ["---"] * len(used)]
+    lines += [[_cell(row.get(name, "")) for name in used] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,332 @@
+"""``qrag-train fit``, ``validate`` and ``test``: a LightningCLI with a folder for each run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import warnings
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import lightning
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from qrag_retriever.errors import ConfigError
+from qrag_train.build import build_module
+from qrag_train.callbacks import (
+    LAST_CHECKPOINT,
+    AtomicCheckpointIO,
+    BestModel,
+    LastCheckpoint,
+    ProgressBar,
+    ProgressLines,
+)
+from qrag_train.checks import check_run, check_same_config
+from qrag_train.curves import plot_curves
+from qrag_train.data.datamodule import SupportDataModule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lightning.pytorch.loggers import Logger
+
+Preset = Literal["babilong", "hotpotqa", "musique"]
+
+DESCRIPTIONS = {
+    "fit": "Train a model on questions with support annotations.",
+    "validate": "Judge a run's best model, or --model.encoder, on its validation questions.",
+    "test": "Judge a run's best model, or --model.encoder, on its test questions.",
+}
+LOGS = "logs"
+_PRESETS = Path(str(resources.files("qrag_train"))) / "presets"
+_INTERRUPTED = 130
+_CONFIG_FILE = "config.yaml"
+# What trains an embedder of 22 million parameters on a laptop in minutes, not hours.
+_MODEL_DEFAULTS = {
+    "pqn.environments": 8,
+    "pqn.alpha": 0.03,
+    "pqn.tau": 0.05,
+    "pqn.reward.fact_share": 0.5,
+    "optimizer.warmup_updates": 20,
+}
+_TRAINER_DEFAULTS = {
+    "max_steps": 300,
+    "val_check_interval": 0.1,
+    "gradient_clip_val": 2.0,
+    "num_sanity_val_steps": 0,
+    "log_every_n_steps": 5,
+    "enable_model_summary": False,
+}
+_TRAINER_OPTIONS = (
+    *("max_steps", "max_time", "val_check_interval", "log_every_n_steps", "gradient_clip_val"),
+    *("accelerator", "devices", "strategy", "precision", "accumulate_grad_batches"),
+)
+# What the training framework says about things that are meant to be as they are.
+_WARNINGS = (
+    "LightningCLI's args parameter",
+    "Found .* in eval mode",
+    "You're resuming from a checkpoint that ended before the epoch ended",
+    "You have overridden `transfer_batch_to_device`",
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+    "\\s*``.*was deprecated in v4",
+    "\\s*skip_none parameter was deprecated",
+    "\\s*By default only one JsonargparseDeprecationWarning",
+)
+
+
+class TrainingCLI(LightningCLI):
+    """The commands that run a Trainer.
+
+    The folder of a run holds ``config.yaml``, ``logs``, ``checkpoints/last.ckpt``, the best model
+    in ``model`` and ``curves.png``.
+    """
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and the arguments of the Trainer's methods that are no options."""
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] | {"weights_only"} for name in DESCRIPTIONS}
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add model and data, then what of the Trainer people set; the rest works unseen."""
+        parser.add_lightning_class_args(self._model_class, "model")
+        parser.add_lightning_class_args(self._datamodule_class, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"model.{k}": v for k, v in _MODEL_DEFAULTS.items()})
+        parser.set_defaults({f"trainer.{k}": v for k, v in self.trainer_defaults.items()})
+        groups = parser.groups or {}
+        groups["trainer"].title = "Training loop (all arguments of lightning.Trainer work)"
+        for action in groups["trainer"]._group_actions:  # noqa: SLF001 argparse has no other way
+            if action.dest.removeprefix("trainer.") not in _TRAINER_OPTIONS:
+                action.help = argparse.SUPPRESS
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of a run."""
+        parser.add_argument(
+            "--preset",
+            type=Preset | None,
+            help="Start from the settings of one of the paper's experiments; all other options, "
+            "and --config, count more.",
+        )
+        parser.add_argument(
+            "--output_dir",
+            type=str | None,
+            help="Folder of the run; left out: runs/ and the name of the config or data file.",
+        )
+        parser.add_argument(
+            "--resume",
+            action="store_true",
+            help="Go on from the last checkpoint of the run in --output_dir.",
+        )
+        parser.add_argument(
+            "--checkpoint_minutes",
+            type=float,
+            default=10.0,
+            help="Time between two checkpoints.",
+        )
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments(
+            "data", "model.texts", compute_fn=lambda data: data.texts, apply_on="instantiate"
+        )
+
+    @property
+    def output_dir(self) -> Path:
+        """Folder of the run."""
+        return Path(self._get(self.config, "output_dir"))
+
+    def before_instantiate_classes(self) -> None:
+        """Settle on the run's folder, and refuse what does not fit what is there."""
+        config = self.config[self.subcommand]
+        if config.preset is not None:
+            raise ConfigError("A preset is named on the command line (--preset), not in a file.")
+        given = config.output_dir is not None
+        config.output_dir = config.output_dir or str(Path("runs") / _run_name(config))
+        if self.subcommand == "fit":
+            self._enter(config)
+        elif given and config.ckpt_path is None and self.model_folder.is_dir():
+            _judge_model(config.model, self.model_folder)
+
+    def _enter(self, config: Any) -> None:
+        """Check that the folder is new, or holds the run that is to be resumed."""
+        checkpoint, before = self.output_dir / LAST_CHECKPOINT, self.output_dir / _CONFIG_FILE
+        if config.resume:
+            if not checkpoint.is_file() or not before.is_file():
+                raise ConfigError(
+                    f"{self.output_dir} holds no run to resume; leave --resume out, or name the "
+                    "run's folder with --output_dir."
+                )
+            check_same_config(_read(before), yaml.safe_load(self._dump()))
+            config.ckpt_path = str(checkpoint)
+        else:
+            _refuse_used(self.output_dir)
+
+    def _dump(self) -> str:
+        parser, config = self._parser(self.subcommand), self.config[self.subcommand]
+        return str(parser.dump(config, skip_none=False))
+
+    @property
+    def model_folder(self) -> Path:
+        """Where the best model is."""
+        return self.output_dir / "model"
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The Trainer with this package's callbacks and logs."""
+        given = self._get(self.config_init, "trainer")
+        callbacks = list(given.callbacks or [])
+        if given.enable_progress_bar is None and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
+            callbacks.append(ProgressLines())
+        elif given.enable_progress_bar is not False:
+            callbacks.append(ProgressBar())
+        if self.subcommand == "fit":
+            minutes = self._get(self.config, "checkpoint_minutes")
+            self.best = BestModel(self.model_folder, self._record())
+            callbacks += [self.best, LastCheckpoint(self.output_dir / LAST_CHECKPOINT, minutes)]
+        kwargs |= {
+            "callbacks": callbacks,
+            "plugins": [*_as_list(given.plugins), AtomicCheckpointIO()],
+            "default_root_dir": self.output_dir,
+        }
+        if given.logger in (None, True):
+            kwargs["logger"] = self._loggers() if self.subcommand == "fit" else False
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self) -> list[Logger]:
+        """Both in one folder; a resumed run gets the next one."""
+        table = CSVLogger(self.output_dir, name=LOGS)
+        return [table, TensorBoardLogger(self.output_dir, name=LOGS, version=table.version)]
+
+    def _record(self) -> dict[str, Any]:
+        """What the model says of its training."""
+        settings = yaml.safe_load(self._dump())
+        names = ("seed_everything", "model", "trainer")
+        return {"data": settings["data"], "settings": {name: settings[name] for name in names}}
+
+    def before_fit(self) -> None:
+        """Check the data, and judge the model as it is at the start."""
+        check_run(self.datamodule, self.model.budget)
+        if not self._get(self.config, "resume"):
+            if self.trainer.is_global_zero:
+                self.output_dir.mkdir(parents=True, exist_ok=True)
+                (self.output_dir / _CONFIG_FILE).write_text(self._dump(), encoding="utf-8")
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train; when Ctrl-C ends it, say how to go on."""
+        try:
+            self.trainer.fit(**kwargs)
+        except SystemExit:
+            if self.trainer.interrupted:
+                print(
+                    f"Stopped after update {self.trainer.global_step}; go on with:\n"
+                    f"  qrag-train fit --output_dir {shlex.quote(str(self.output_dir))} --resume"
+                )
+                raise SystemExit(_INTERRUPTED) from None
+            raise
+
+    def after_fit(self) -> None:
+        """Judge the last weights, draw the curves and say where all is."""
+        if self.best.judged_at != self.trainer.global_step:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        if self.trainer.is_global_zero and self.best.score is not None:
+            plot_curves(self.output_dir / LOGS, self.output_dir / "curves.png")
+            print(
+                f"The best model is in {self.model_folder}: validation Fact-EM "
+                f"{self.best.score[0]:.3f}.\nCurves, logs and the last checkpoint are in "
+                f"{self.output_dir}."
+            )
+
+
+def run(arguments: Sequence[str]) -> TrainingCLI:
+    """Run one of the commands.
+
+    Args:
+        arguments: Command and options.
+
+    Returns:
+        What has run, with its `model`, `datamodule` and `trainer`.
+    """
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return TrainingCLI(
+        build_module,
+        SupportDataModule,
+        save_config_callback=None,
+        seed_everything_default=0,
+        trainer_defaults=_TRAINER_DEFAULTS,
+        auto_configure_optimizers=False,
+        parser_kwargs={
+            name: {"description": text, "usage": f"qrag-train {name} [options]"}
+            for name, text in DESCRIPTIONS.items()
+        },
+        args=_expanded(arguments),
+    )
+
+
+def _expanded(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the files that stand behind ``--preset`` and ``--output_dir``.
+
+    A preset goes in front, so that everything else overrides it. A run that is resumed or judged
+    has its own settings unless others are given.
+    """
+    command, *others = arguments
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    options.add_argument("--preset")
+    options.add_argument("--output_dir", type=Path)
+    options.add_argument("--resume", action="store_true")
+    options.add_argument("-c", "--config", action="append", default=[])
+    known, _ = options.parse_known_args(others)
+    files = []
+    if known.preset in get_args(Preset):
+        files.append(_PRESETS / f"{known.preset}.yaml")
+        place = next(i for i, other in enumerate(others) if other.startswith("--preset"))
+        del others[place : place + (1 if "=" in others[place] else 2)]
+    own = known.output_dir and known.output_dir / _CONFIG_FILE
+    if own and own.is_file() and not known.config and (known.resume or command != "fit"):
+        files.append(own)
+    return [command, *(f"--config={file}" for file in files), *others]
+
+
+def _run_name(config: Any) -> str:
+    """A name for a run: of its own config file, of its training data."""
+    files = [str(path) for path in config.config or [] if path.parent != _PRESETS]
+    files += [config.data.train_file] if config.data.train_file else []
+    files += [source.file for source in config.data.train or []]
+    return Path(files[0]).stem if files else "run"
+
+
+def _judge_model(settings: Any, folder: Path) -> None:
+    """Let a command judge a run's best model instead of what the run started from."""
+    settings.encoder = str(folder)
+    for name in ("scratch", "positions", "max_steps", "settings"):
+        settings[name] = None
+    settings.adapt.first_layers, settings.adapt.lora_rank = None, 0
+
+
+@rank_zero_only
+def _refuse_used(folder: Path) -> None:
+    if (folder / LAST_CHECKPOINT).is_file():
+        raise ConfigError(
+            f"{folder} holds a run already; go on with it (--resume), or name another folder "
+            "(--output_dir)."
+        )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return settings
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,67 @@
+"""Validation and test inside a training run: retrieval with a fixed budget, scored."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from qrag_retriever.search import SearchOptions
+from qrag_train.evaluation import search_samples
+from qrag_train.metrics import retrieval_metrics
+from qrag_train.module import QRAGTrainingModule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from qrag_train.data.sample import SupportSample
+
+_LOGGED = ("fact_em", "fact_f1", "return")
+
+
+class ValidatedTrainingModule(QRAGTrainingModule):
+    """A `QRAGTrainingModule` that can also be judged: by greedy retrieval of T chunks.
+
+    Logs ``val/fact_em``, ``val/fact_f1`` and ``val/return``, or ``test/…``, means over all
+    questions of all processes.
+    """
+
+    @property
+    def budget(self) -> int:
+        """Number T of chunks that an episode retrieves."""
+        return self.pqn.max_steps or self.model.config.max_steps
+
+    def validation_step(self, batch: Sequence[SupportSample], batch_idx: int) -> None:
+        """Retrieve for some validation questions and log the scores."""
+        del batch_idx
+        self._judge("val", batch)
+
+    def test_step(self, batch: Sequence[SupportSample], batch_idx: int) -> None:
+        """Retrieve for some test questions and log the scores."""
+        del batch_idx
+        self._judge("test", batch)
+
+    def on_validation_end(self) -> None:
+        """Leave the validation out of the transitions per second."""
+        self._clock = time.monotonic()
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Leave batches as they are: they hold texts."""
+        del device, dataloader_idx
+        return batch
+
+    def _judge(self, part: str, samples: Sequence[SupportSample]) -> None:
+        beams = search_samples(self.model, samples, SearchOptions(self.budget, runners_up=0))
+        scores = retrieval_metrics(
+            [beam.retrieved for beam in beams],
+            [sample.support for sample in samples],
+            gamma=self.pqn.gamma,
+        )
+        self.log_dict(
+            {f"{part}/{name}": scores[name] for name in _LOGGED},
+            batch_size=len(samples),
+            sync_dist=True,
+        )

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import COLOURS, tiny_model
+
+from qrag_retriever.errors import ConfigError
+from qrag_train.build import AdaptConfig, adapted, build_module, merge_lora
+from qrag_train.scratch import ScratchConfig
+from qrag_train.settings import PQNConfig
+
+SMALL = ScratchConfig(layers=2, dimension=32, heads=2, vocabulary=200, max_tokens=64)
+
+
+def test_a_new_encoder_depends_on_texts_and_seed_alone() -> None:
+    first, second, other = (
+        build_module(scratch=SMALL, seed=seed, texts=lambda: COLOURS) for seed in (1, 1, 2)
+    )
+    vectors = [module.model.encode_actions(["red green"]) for module in (first, second, other)]
+    assert (vectors[0] == vectors[1]).all()
+    assert (vectors[0] != vectors[2]).any()
+    assert first.model.config.positions == "none"
+    assert first.budget == first.model.config.max_steps == 4
+
+
+def test_the_budget_of_episodes_may_differ_from_the_models() -> None:
+    module = build_module(
+        scratch=SMALL, max_steps=5, pqn=PQNConfig(max_steps=3), texts=lambda: COLOURS
+    )
+    assert (module.budget, module.model.config.max_steps) == (3, 5)
+
+
+def test_a_new_encoder_starts_from_nothing() -> None:
+    with pytest.raises(ConfigError, match="no encoder to start from"):
+        build_module(encoder="somewhere", scratch=SMALL, texts=lambda: COLOURS)
+
+
+def test_training_goes_on_from_a_model_with_its_settings(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "encoder", "relative", max_steps=3).save_pretrained(
+        tmp_path / "model"
+    )
+    same = build_module(str(folder)).model.config
+    assert (same.positions, same.max_steps) == ("relative", 3)
+    changed = build_module(str(folder), positions="none", max_steps=6).model.config
+    assert (changed.positions, changed.max_steps) == ("none", 6)
+
+
+def test_what_is_frozen_dropped_and_left_out() -> None:
+    model = build_module(scratch=SMALL, texts=lambda: COLOURS).model
+    adapted(model, AdaptConfig(first_layers=1, dropout=0.3))
+    for encoder in (model.state_encoder, model.action_encoder):
+        transformer = encoder.transformer.model
+        assert len(transformer.encoder.layer) == transformer.config.num_hidden_layers == 1
+        assert not transformer.get_input_embeddings().weight.requires_grad
+        assert transformer.encoder.layer[0].output.dropout.p == 0.3
+    with pytest.raises(ConfigError, match="has 1 layers"):
+        adapted(model, AdaptConfig(first_layers=2))
+
+
+def test_lora_trains_little_and_merges_into_nothing_new() -> None:
+    model = build_module(scratch=SMALL, texts=lambda: COLOURS).model
+    before = model.encode_actions(["red green"])
+    names = set(model.state_dict())
+    adapted(model, AdaptConfig(lora_rank=2))
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    merged = merge_lora(model)
+    assert set(merged.state_dict()) == names
+    assert merged.encode_actions(["red green"]) == pytest.approx(before, abs=1e-6)
+
+
+@pytest.mark.parametrize("values", [{"first_layers": 0}, {"lora_rank": -1}, {"dropout": 1.0}])
+def test_settings_are_checked(values: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(values))):
+        AdaptConfig(**values)

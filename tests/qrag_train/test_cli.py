@@ -1,0 +1,386 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from sentence_transformers import SentenceTransformer
+from tiny import fit_options
+
+from qrag_retriever import QRAGModel
+from qrag_train.cli import main
+from qrag_train.curves import read_curves
+from qrag_train.module import QRAGTrainingModule
+
+FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "reference"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that went through."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert main(fit_options(folder)) == 0
+    return folder / "run"
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
+    moments = {
+        f"{i}/{name}": value
+        for i, state in checkpoint["optimizer_states"][0]["state"].items()
+        for name, value in state.items()
+    }
+    return {**checkpoint["state_dict"], **moments}
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    first, second = weights(run), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    for file in ("query_0_Transformer", "document_0_Transformer"):
+        path = Path("model") / file / "model.safetensors"
+        assert (run / path).read_bytes() == (other / path).read_bytes()
+
+
+def test_fit_leaves_all_a_person_needs(whole: Path) -> None:
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"config.yaml", "logs", "checkpoints", "model", "curves.png"}
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((whole / "logs" / "version_0").glob("events.*"))
+    curves = read_curves(whole / "logs")
+    assert [step for step, _ in curves["val/fact_em"]] == [0, 1, 3, 5]
+    assert [step for step, _ in curves["loss"]] == list(range(6))
+    assert {"return", "fact_f1", "alpha", "lr", "transitions_per_s"} <= curves.keys()
+
+
+def test_the_best_model_loads_in_both_ways_and_knows_its_training(whole: Path) -> None:
+    model = QRAGModel.from_pretrained(whole / "model", device="cpu")
+    plain = SentenceTransformer(str(whole / "model"), device="cpu")
+    texts = ["the red cup fell", "the blue hat fell"]
+    np.testing.assert_allclose(
+        plain.encode_document(texts) * model.config.scale, model.encode_actions(texts), atol=1e-6
+    )
+    assert model.config.max_steps == 2
+    record = model.config.training
+    assert record["data"]["train_file"].endswith("train.jsonl")
+    assert record["settings"]["model"]["pqn"]["environments"] == 4
+    em = read_curves(whole / "logs")["val/fact_em"]
+    assert record["figures"]["val/fact_em"] == pytest.approx(max(value for _, value in em))
+    card = (whole / "model" / "README.md").read_text()
+    for part in ("QRAGRetriever", "SentenceTransformer(", "train.jsonl", "fact_em", "lambda_"):
+        assert part in card
+
+
+class KilledError(Exception):
+    pass
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, update: int, signal_number: int | None) -> None:
+    """Make training end in the middle of an update, by an exception or by Ctrl-C."""
+    original = QRAGTrainingModule.training_step
+
+    def step(self: QRAGTrainingModule, *args: Any) -> Any:
+        loss = original(self, *args)
+        if self.global_step == update:
+            if signal_number is None:
+                raise KilledError
+            os.kill(os.getpid(), signal_number)
+        return loss
+
+    monkeypatch.setattr(QRAGTrainingModule, "training_step", step)
+
+
+@pytest.mark.parametrize("update", [1, 2, 5])
+def test_killed_and_resumed_ends_with_the_same_weights(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, update: int
+) -> None:
+    arguments = fit_options(tmp_path, checkpoint_minutes=0)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, update, None)
+        with pytest.raises(KilledError):
+            main(arguments)
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert saved["global_step"] == update
+    assert main([*arguments, "--resume"]) == 0
+    assert_same_run(tmp_path / "run", whole)
+    curves, expected = (read_curves(run / "logs") for run in (tmp_path / "run", whole))
+    assert curves["loss"] == expected["loss"]
+    assert curves["val/fact_em"] == expected["val/fact_em"]
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed_by_the_folder_alone(
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3, signal.SIGINT)
+        with pytest.raises(SystemExit) as stop:
+            main(fit_options(tmp_path))
+    assert stop.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    run = tmp_path / "run"
+    assert f"qrag-train fit --output_dir {run} --resume" in capsys.readouterr().out
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 4
+    assert main(["fit", "--output_dir", str(run), "--resume"]) == 0
+    assert_same_run(run, whole)
+
+
+def test_a_run_is_resumed_with_its_own_settings_alone(
+    whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    resume = ["fit", f"--output_dir={whole}", "--resume"]
+    assert main([*resume, "--model.pqn.alpha=0.4", "--trainer.max_steps=9"]) == 1
+    error = capsys.readouterr().err
+    assert "model.pqn.alpha: 0.05 before, 0.4 now" in error
+    assert "trainer.max_steps: 6 before, 9 now" in error
+    assert error.count(" before, ") == 2
+
+
+def test_a_run_is_not_overwritten(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(fit_options(whole.parent)) == 1
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*fit_options(tmp_path), "--resume"]) == 1
+    assert "holds no run to resume" in capsys.readouterr().err
+
+
+def line(**changes: object) -> dict[str, object]:
+    return {"id": "1", "question": "Where?", "chunks": ["a", "b"], "support": [1], **changes}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([line(support=[2])], "line 1: 'support' holds 2"),
+        ([line(support=[])], "line 1: 'support' is"),
+        ([{k: v for k, v in line().items() if k != "support"}], "line 1: 'support' is missing"),
+        ([line(), line()], "line 2: .*id"),
+        ([line(), line(id="2", chunks=["a", " "])], "line 2: chunk 1 is blank"),
+        ([line(chunks=["a", "b", "c"], support=[0, 1, 2])], "max_steps=2 .* has 3 support chunks"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_bad_data_is_refused_before_training(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    lines: list[dict[str, object]],
+    message: str,
+    part: str,
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    assert main(fit_options(tmp_path, **{f"data.{part}_file": file})) == 1
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [a for a in fit_options(tmp_path) if not a.startswith("--data.val_file")]
+    assert main(arguments) == 1
+    assert "There is no val data; give --data.val_file" in capsys.readouterr().err
+
+
+def printed_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 0
+    config: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("preset", "alpha", "lambda_", "lr", "max_steps"),
+    [
+        ("babilong", 0.01, 0.65, 5e-5, 6),
+        ("hotpotqa", 0.05, 0.5, 1.5e-5, 2),
+        ("musique", 0.005, 0.6, 1e-5, 4),
+    ],
+)
+def test_presets(
+    preset: str,
+    alpha: float,
+    lambda_: float,
+    lr: float,
+    max_steps: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = printed_config(["fit", "--preset", preset], capsys)
+    pqn = config["model"]["pqn"]
+    assert (pqn["alpha"], pqn["lambda_"], pqn["gamma"]) == (alpha, lambda_, 0.99)
+    assert config["model"]["optimizer"]["lr"] == lr
+    assert config["model"]["max_steps"] == max_steps
+
+
+def test_everything_overrides_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {max_steps: 3, pqn: {tau: 0.5}}")
+    arguments = ["fit", "--model.pqn.alpha=0.2", f"--config={file}", "--preset=babilong"]
+    model = printed_config(arguments, capsys)["model"]
+    assert (model["pqn"]["alpha"], model["pqn"]["tau"], model["max_steps"]) == (0.2, 0.5, 3)
+    assert model["pqn"]["lambda_"] == 0.65
+
+
+def test_a_preset_in_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: babilong")
+    assert main(["fit", f"--config={file}"]) == 1
+    assert "--preset" in capsys.readouterr().err
+
+
+def test_help_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "evaluate", "calibrate", "import"):
+        assert f"\n    {command} " in text
+
+
+def test_help_of_fit_shows_what_people_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    text = capsys.readouterr().out
+    for option in ("data.train_file", "model.encoder", "model.pqn.alpha", "trainer.max_steps"):
+        assert f"--{option} " in text
+    assert "--trainer.profiler" not in text
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_a_run_is_judged_by_its_best_model(
+    whole: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = "val" if command == "validate" else "test"
+    same = f"--data.{part}_file={whole.parent / 'val.jsonl'}"
+    assert main([command, f"--output_dir={whole}", same]) == 0
+    figures = QRAGModel.from_pretrained(whole / "model").config.training["figures"]
+    shown = f"{figures['val/fact_em']:.4f}"[:5]
+    assert re.search(rf"{part}/fact_em.*{shown}", capsys.readouterr().out)
+
+
+def test_evaluate_prints_a_table_and_writes_figures(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, data = tmp_path / "figures.json", whole.parent / "val.jsonl"
+    arguments = ["evaluate", str(whole / "model"), str(data), f"--output={output}"]
+    assert main([*arguments, "--q_threshold=0.1", "--baselines=true", "--k=3"]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    names = ["3 steps", "at most 3 steps, until Q < 0.100", "the best 3 of one step"]
+    assert [row["retrieval"] for row in rows] == names
+    assert all(row["questions"] == 12 for row in rows)
+    assert rows[0]["steps"] == 3.0
+    assert rows[0]["recall@3"] == rows[0]["fact_recall"]
+    stops = [rows[1][f"stop_{kind}"] for kind in ("early", "perfect", "late")]
+    assert sum(stops) == pytest.approx(1.0)
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("| data | questions | retrieval | Fact-EM |")
+    assert [cells.split(" | ")[2] for cells in table[2:5]] == names
+
+
+def test_calibrate_writes_the_threshold_into_the_model(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(whole / "model", model)
+    assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), "--k=4"]) == 0
+    config = QRAGModel.from_pretrained(model).config
+    assert config.max_steps == 4
+    assert config.training["calibration"]["q_threshold"] == config.q_threshold
+    assert f"q_threshold={config.q_threshold:.4f}" in capsys.readouterr().out
+    assert config.training["figures"]  # what was known before is kept
+    unreachable = ["--target_em=1.1", "--k=1"]
+    assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), *unreachable]) == 1
+    assert "target_em=1.1 is not reached" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="the reference fixtures are not here")
+def test_import(tmp_path: Path) -> None:
+    source, encoder = FIXTURES / "relative", FIXTURES / "tiny_bert"
+    assert main(["import", str(source), str(tmp_path / "new"), f"--encoder={encoder}"]) == 0
+    assert QRAGModel.from_pretrained(tmp_path / "new").config.positions == "relative"
+
+
+DISTRIBUTED = """
+import json, sys
+from pathlib import Path
+import torch
+from qrag_train.training import run
+
+cli = run(json.loads(Path(sys.argv[1]).read_text()))
+weights = torch.cat([p.detach().flatten() for p in cli.model.parameters()])
+report = {
+    "weights": [weights.double().sum().item(), weights.double().square().sum().item()],
+    "episodes": [sample.id for sample in cli.model.collector.environment.samples],
+    "val": {name: float(value) for name, value in cli.trainer.callback_metrics.items()},
+}
+rank = cli.trainer.global_rank
+Path(sys.argv[1]).with_name(f"rank{rank}.json").write_text(json.dumps(report))
+"""
+
+
+def test_two_processes_have_their_own_episodes_and_equal_weights(tmp_path: Path) -> None:
+    options = {"trainer.strategy": "ddp", "trainer.devices": 2}
+    arguments = fit_options(tmp_path, updates=4, **options)
+    (tmp_path / "arguments.json").write_text(json.dumps(arguments))
+    script = tmp_path / "script.py"
+    script.write_text(DISTRIBUTED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "arguments.json")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"rank{r}.json").read_text()) for r in (0, 1))
+    assert first["weights"] == second["weights"]
+    assert not set(first["episodes"]) & set(second["episodes"])
+    assert first["val"]["val/fact_em"] == second["val"]["val/fact_em"]
+    # both halves of the validation questions count
+    model, data, output = tmp_path / "run" / "model", tmp_path / "val.jsonl", tmp_path / "e.json"
+    assert main(["evaluate", str(model), str(data), f"--output={output}"]) == 0
+    figures = QRAGModel.from_pretrained(model).config.training["figures"]
+    row = json.loads(output.read_text())["rows"][0]
+    assert figures["val/fact_em"] == pytest.approx(row["fact_em"])
+
+
+WITHOUT = """
+import sys
+
+class Refuse:
+    blocked = ("langchain_core", "llama_index", "faiss")
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.blocked:
+            raise ImportError(name + " is blocked")
+
+sys.meta_path.insert(0, Refuse())
+import importlib, pkgutil
+import qrag_train
+
+for module in pkgutil.walk_packages(qrag_train.__path__, "qrag_train."):
+    importlib.import_module(module.name)
+"""
+
+
+def test_training_needs_no_retrieval_framework() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr

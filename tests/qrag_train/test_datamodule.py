@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_questions
+
+from qrag_retriever.errors import DatasetError
+from qrag_train.data import BackgroundText
+from qrag_train.data.datamodule import SupportDataModule
+from qrag_train.data.source import SourceConfig, thinned
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    return [str(write_questions(tmp_path / f"{i}.jsonl", 30, seed=i)) for i in range(2)]
+
+
+def test_validation_questions_are_the_same_for_every_seed(files: list[str]) -> None:
+    first, second = (
+        SupportDataModule(files[0], files[1], val_samples=10, seed=seed).samples("val")
+        for seed in (1, 2)
+    )
+    assert list(first) == list(second)
+    assert len({sample.id for sample in first}) == 10
+    assert len(SupportDataModule(files[0], files[1]).samples("val")) == 30
+
+
+def test_sources_are_mixed_by_weight(files: list[str]) -> None:
+    sources = [SourceConfig(files[0], weight=1.0), SourceConfig(files[1], weight=3.0)]
+    source = SupportDataModule(train=sources).source("train")
+    rng = np.random.default_rng(0)
+    firsts = [source.sample(rng).id.startswith("0-") for _ in range(400)]
+    assert 0.18 < np.mean(firsts) < 0.32
+
+
+def test_sources_without_weights_count_by_their_size(files: list[str]) -> None:
+    source = SupportDataModule(train=[SourceConfig(file) for file in files]).source("train")
+    rng = np.random.default_rng(0)
+    firsts = [source.sample(rng).id.startswith("0-") for _ in range(400)]
+    assert 0.42 < np.mean(firsts) < 0.58
+
+
+def test_weights_are_given_to_all_or_none(files: list[str]) -> None:
+    sources = [SourceConfig(files[0], weight=1.0), SourceConfig(files[1])]
+    with pytest.raises(DatasetError, match="one to all or to none"):
+        SupportDataModule(train=sources).source("train")
+
+
+def test_a_file_and_sources_exclude_each_other(files: list[str]) -> None:
+    with pytest.raises(DatasetError, match="train_file or train, not both"):
+        SupportDataModule(files[0], train=[SourceConfig(files[1])])
+
+
+def test_val_samples_is_checked() -> None:
+    with pytest.raises(DatasetError, match="val_samples=0"):
+        SupportDataModule(val_samples=0)
+
+
+def test_training_needs_an_end(files: list[str]) -> None:
+    with pytest.raises(DatasetError, match=r"--trainer\.max_steps"):
+        SupportDataModule(files[0], files[1]).train_dataloader()
+
+
+@pytest.mark.parametrize("count", [1, 20, 37, 400, 2000])
+def test_a_thinned_background_keeps_runs_and_spreads(count: int) -> None:
+    kept = thinned(BackgroundText([str(i) for i in range(1000)]), count).sentences
+    numbers = np.array([int(sentence) for sentence in kept])
+    assert len(numbers) == min(count, 1000)
+    assert len(set(numbers.tolist())) == len(numbers)
+    if 40 <= count < 1000:
+        assert numbers[0] == 0
+        assert numbers[-1] >= 980
+        assert np.mean(np.diff(numbers) == 1) >= 0.94

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from tiny import Colours, tiny_model
+
+from qrag_retriever import ChunkIndex, MultiStepRetriever, QRAGModel, SearchOptions
+from qrag_train import evaluation
+from qrag_train.data.sample import SupportSample
+from qrag_train.evaluation import evaluate, search_samples, steps_above
+from qrag_train.metrics import fact_scores, stop_kind
+
+
+@pytest.fixture(scope="module", params=["relative", "absolute", "none"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> QRAGModel:
+    return tiny_model(tmp_path_factory.mktemp("encoder"), request.param, scale=0.2)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[SupportSample]:
+    rng = np.random.default_rng(4)
+    return [Colours(n=n, support=2).sample(rng) for n in (6, 9, 4, 6)]
+
+
+OPTIONS = [
+    SearchOptions(3),
+    SearchOptions(9),
+    SearchOptions(3, beams=3),
+    SearchOptions(3, q_threshold=0.55),
+    SearchOptions(4, chunks_per_step=2),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("group", [10**6, 10])
+def test_search_equals_the_engines(
+    model: QRAGModel,
+    samples: list[SupportSample],
+    options: SearchOptions,
+    group: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evaluation, "_MOST_CHUNKS", group)
+    beams = search_samples(model, samples, options)
+    for beam, sample in zip(beams, samples, strict=True):
+        ids = [str(i) for i in range(len(sample.chunks))]
+        index = ChunkIndex.from_texts(list(sample.chunks), ids=ids, model=model)
+        trajectory = MultiStepRetriever(model, index).search(sample.question, options)
+        assert beam.retrieved == tuple(int(step.chunk.id) for step in trajectory)
+        expected = [step.q_value for step in trajectory]
+        assert [pick.q_value for pick in beam.picks] == pytest.approx(expected, abs=1e-5)
+
+
+def test_search_equals_the_obvious_loop(model: QRAGModel, samples: list[SupportSample]) -> None:
+    for beam, sample in zip(search_samples(model, samples, SearchOptions(3)), samples, strict=True):
+        taken: list[int] = []
+        actions = model.encode_actions(sample.chunks)
+        for _ in range(3):
+            order = sorted(taken) if model.config.state_order == "document" else taken
+            state = model.encode_states([(sample.question, [sample.chunks[i] for i in order])])[0]
+            rho = model.config.position_scheme.positions(len(actions), taken)
+            q = turned(actions, rho) @ state
+            q[taken] = -np.inf
+            taken.append(int(q.argmax()))
+        assert list(beam.retrieved) == taken
+
+
+def turned(vectors: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """Every half of a vector rotated on its own, by pairs of neighbours (METHOD §3)."""
+    half = vectors.shape[1] // 2
+    result = np.empty(vectors.shape)
+    for start in (0, half):
+        for m in range(half // 2):
+            angle = rho * 10000.0 ** (-2 * m / half)
+            x, y = vectors[:, start + 2 * m], vectors[:, start + 2 * m + 1]
+            result[:, start + 2 * m] = x * np.cos(angle) - y * np.sin(angle)
+            result[:, start + 2 * m + 1] = x * np.sin(angle) + y * np.cos(angle)
+    return result
+
+
+def test_figures(model: QRAGModel, samples: list[SupportSample]) -> None:
+    whole = search_samples(model, samples, SearchOptions(4))
+    threshold = float(np.median([pick.q_value for beam in whole for pick in beam.picks]))
+    options = SearchOptions(4, q_threshold=threshold)
+    stopped = search_samples(model, samples, options)
+    figures = evaluate(model, samples, options)
+    pairs = [fact_scores(b.retrieved, s.support) for b, s in zip(stopped, samples, strict=True)]
+    assert figures["fact_em"] == pytest.approx(np.mean([pair.em for pair in pairs]))
+    assert figures["fact_f1"] == pytest.approx(np.mean([pair.f1 for pair in pairs]))
+    assert figures["recall@4"] == pytest.approx(np.mean([pair.recall for pair in pairs]))
+    assert figures["steps"] == pytest.approx(np.mean([len(beam.picks) for beam in stopped]))
+    kinds = [
+        stop_kind(len(beam.picks), path.retrieved, sample.support)
+        for beam, path, sample in zip(stopped, whole, samples, strict=True)
+    ]
+    could = sum(kind != "missed" for kind in kinds)
+    for kind in ("early", "perfect", "late"):
+        assert figures[f"stop_{kind}"] == pytest.approx(kinds.count(kind) / max(could, 1))
+
+
+def test_without_a_threshold_there_are_no_stop_rates(
+    model: QRAGModel, samples: list[SupportSample]
+) -> None:
+    assert not any(name.startswith("stop") for name in evaluate(model, samples, SearchOptions(2)))
+
+
+@pytest.mark.parametrize("threshold", [None, -100.0, 0.0, 0.5, 0.55, 9.0])
+def test_a_threshold_cuts_the_same_trajectory_short(
+    model: QRAGModel, samples: list[SupportSample], threshold: float | None
+) -> None:
+    whole = search_samples(model, samples, SearchOptions(4))
+    stopped = search_samples(model, samples, SearchOptions(4, q_threshold=threshold))
+    for long, short in zip(whole, stopped, strict=True):
+        assert long.retrieved[: steps_above(long, threshold)] == short.retrieved
