@@ -144,7 +144,7 @@ class _Run:
         # what an approximate index is asked for besides the chunks already retrieved
         self.spare = len(excluded) + options.chunks_per_step
         self.spare += max(options.beams, options.runners_up)
-        self.actions = torch.from_numpy(self.snapshot.embeddings)
+        self.actions = self.snapshot.tensor()
         self.searches = [
             Search(self.n, options, excluded, keep_q_values=keep_q_values) for _ in queries
         ]

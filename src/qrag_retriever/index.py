@@ -344,9 +344,7 @@ class ChunkIndex:
         version: int,
         stored_ann: NDArray[np.uint8] | None = None,
     ) -> Snapshot:
-        view = embeddings.view()
-        view.setflags(write=False)
-        return Snapshot(chunks, view, version, ann_kind=self.ann, stored_ann=stored_ann)
+        return Snapshot(chunks, embeddings, version, ann_kind=self.ann, stored_ann=stored_ann)
 
     def __len__(self) -> int:
         return len(self._snapshot)

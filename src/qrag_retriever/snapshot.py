@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from qrag_retriever.ann import AnnIndex, AnnKind
 from qrag_retriever.errors import InvalidInputError
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from qrag_retriever.chunk_store import ChunkSequence
 
@@ -43,13 +45,19 @@ class Snapshot:
         stored_ann: NDArray[np.uint8] | None = None,
     ) -> None:
         self.chunks = chunks
-        self.embeddings = embeddings
+        self.embeddings = embeddings.view()
+        self.embeddings.setflags(write=False)
+        self._writable = embeddings
         self.version = version
         self._ann_kind = ann_kind
         self._stored_ann = stored_ann
         self._ann: AnnIndex | None = None
         self._selections: dict[Hashable, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
+
+    def tensor(self) -> Tensor:
+        """The embeddings as a tensor over the same memory, not to be written to."""
+        return torch.from_numpy(self._writable)  # of a read-only array torch warns
 
     @property
     def ann(self) -> AnnIndex | None:

@@ -135,7 +135,8 @@ def _open(folder: Path, manifest: dict[str, Any], verify: bool) -> IndexContent:
                 raise damaged(folder, f"{entry['name']} does not match its checksum")
     shape = (manifest["count"], manifest["dimension"])
     try:
-        embeddings = np.load(paths["embeddings"], mmap_mode="r").view(np.ndarray)
+        # copy on write: torch wants arrays that can be written to, and the file stays as it is
+        embeddings = np.load(paths["embeddings"], mmap_mode="c").view(np.ndarray)
     except (ValueError, EOFError) as error:
         raise damaged(folder, f"{paths['embeddings'].name} has no valid header") from error
     if embeddings.dtype != np.float32 or embeddings.shape != shape:

@@ -144,7 +144,7 @@ def test_a_run_is_resumed_with_its_own_settings_alone(
     resume = ["fit", f"--output_dir={whole}", "--resume"]
     assert main([*resume, "--model.pqn.alpha=0.4", "--trainer.max_steps=9"]) == 1
     error = capsys.readouterr().err
-    assert "model.pqn.alpha: 0.05 before, 0.4 now" in error
+    assert "model.pqn.alpha: 0.03 before, 0.4 now" in error
     assert "trainer.max_steps: 6 before, 9 now" in error
     assert error.count(" before, ") == 2
 
@@ -224,6 +224,7 @@ def test_presets(
     assert (pqn["alpha"], pqn["lambda_"], pqn["gamma"]) == (alpha, lambda_, 0.99)
     assert config["model"]["optimizer"]["lr"] == lr
     assert config["model"]["max_steps"] == max_steps
+    assert pqn["reward"]["fact_share"] == 0.0  # the paper's reward is sparse
 
 
 def test_everything_overrides_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
