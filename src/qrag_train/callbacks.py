@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import FrameType
 
+    from qrag_train.data.datamodule import SupportDataModule
     from qrag_train.validation import ValidatedTrainingModule
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -114,6 +115,24 @@ class LastCheckpoint(Checkpoint):
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
             self._handler = None
+
+
+class HardNegatives(Callback):
+    """Lets the data look for chunks that the model in training wrongly takes for support."""
+
+    def on_train_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        """Ask the data before an update."""
+        del batch
+        module: ValidatedTrainingModule = pl_module  # type: ignore[assignment]
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            data: SupportDataModule = trainer.datamodule  # type: ignore[attr-defined]
+            data.find_negatives(module.model, module.budget, trainer.global_step)
 
 
 class BestModel(Callback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -42,6 +43,30 @@ def search_samples(
     for group in _groups(samples):
         results += _search_group(model, group, options)
     return results
+
+
+def hard_negatives(
+    model: QRAGModel, questions: Sequence[SupportSample], steps: int, count: int
+) -> list[list[int]]:
+    """What a model would rather retrieve than the support: its best wrong chunks at each step.
+
+    Args:
+        model: The model.
+        questions: Questions with their support.
+        steps: Retrieval budget T of the search.
+        count: Most wrong chunks of a question.
+
+    Returns:
+        For each question chunk numbers: those retrieved, then the next best of each step in turn.
+    """
+    options = SearchOptions(steps, runners_up=count)
+    found = []
+    for beam, question in zip(search_samples(model, questions, options), questions, strict=True):
+        ranks = [[index for index, _ in pick.runners_up] for pick in beam.picks]
+        rivals = (index for rank in zip_longest(*ranks) for index in rank if index is not None)
+        wrong = dict.fromkeys(i for i in (*beam.retrieved, *rivals) if i not in question.support)
+        found.append(list(wrong)[:count])
+    return found
 
 
 def evaluate(

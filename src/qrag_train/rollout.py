@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from qrag_retriever.rotary import phases, turn
+from qrag_train.data.sample import SupportSample
 from qrag_train.environment import RetrievalEnvironment, in_state_order
 from qrag_train.metrics import fact_scores
 from qrag_train.returns import critic_values, soft_value
 from qrag_train.texts import ChunkEmbeddings, TextTable
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from qrag_retriever.model import QRAGModel
-    from qrag_train.data.sample import SampleSource, SupportSample
+    from qrag_train.data.sample import SampleSource
     from qrag_train.settings import PQNConfig
 
 TokenIds = list[int]
@@ -74,7 +75,7 @@ class _Step(NamedTuple):
 
 
 class EpisodeStream:
-    """Samples drawn one after the other; sample i depends on the seed and i alone.
+    """Samples drawn one after the other; the chance in sample i depends on the seed and i alone.
 
     Args:
         source: Where they are drawn from.
@@ -122,7 +123,6 @@ class RolloutCollector:
         self.environment = RetrievalEnvironment(config.environments, steps, config.reward)
         self.transitions = 0
         self._drawn = 0
-        self._numbers = np.zeros(config.environments, dtype=np.int64)
         self._returns = np.zeros(config.environments)
         self._ended = np.ones(config.environments, dtype=bool)
         self._chunks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(self._ended)
@@ -247,19 +247,18 @@ class RolloutCollector:
             self._place()
 
     def _reset_ended(self) -> None:
-        ended = np.flatnonzero(self._ended)
-        if len(ended):
-            self._numbers[ended] = np.arange(self._drawn, self._drawn + len(ended))
+        ended = np.flatnonzero(self._ended).tolist()
+        if ended:
+            numbers = range(self._drawn, self._drawn + len(ended))
             self._drawn += len(ended)
-            self._enter(ended)
+            self._enter(ended, [self._stream[number] for number in numbers])
             self._returns[ended] = 0.0
             self._ended[:] = False
             self._place()
 
-    def _enter(self, episodes: NDArray[np.int64]) -> None:
-        """Begin some episodes with the samples of their numbers."""
-        samples = [self._stream[number] for number in self._numbers[episodes].tolist()]
-        self.environment.reset(episodes.tolist(), samples)
+    def _enter(self, episodes: Sequence[int], samples: Sequence[SupportSample]) -> None:
+        """Begin some episodes."""
+        self.environment.reset(episodes, samples)
         for episode, sample in zip(episodes, samples, strict=True):
             self._chunks[episode] = self.table.numbers(sample.chunks)
             self.embeddings.mark_support(self._chunks[episode][list(sample.support)])
@@ -282,10 +281,10 @@ class RolloutCollector:
             "generator": self._generator.get_state(),
             "transitions": self.transitions,
             "drawn": self._drawn,
-            "numbers": self._numbers.tolist(),
+            "samples": [dataclasses.astuple(sample) for sample in self.environment.samples],
             "returns": self._returns.tolist(),
             "ended": self._ended.tolist(),
-            "retrieved": self.environment.retrieved() if self.environment.samples else [],
+            "retrieved": self.environment.retrieved(),
             "embeddings": self.embeddings.state_dict(),
         }
 
@@ -293,11 +292,11 @@ class RolloutCollector:
         """Go on where `state_dict` was taken, with the same stream."""
         self._generator.set_state(state["generator"])
         self.transitions, self._drawn = state["transitions"], state["drawn"]
-        self._numbers = np.array(state["numbers"])
-        if not state["retrieved"]:
+        if not state["samples"]:
             return
         self.embeddings.load_state_dict(state["embeddings"])
-        self._enter(np.arange(len(self.environment)))
+        samples = [SupportSample(*values) for values in state["samples"]]
+        self._enter(range(len(samples)), samples)
         self.environment.restore(state["retrieved"])
         self._returns = np.array(state["returns"])
         self._ended = np.array(state["ended"])

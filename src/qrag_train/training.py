@@ -23,6 +23,7 @@ from qrag_train.callbacks import (
     LAST_CHECKPOINT,
     AtomicCheckpointIO,
     BestModel,
+    HardNegatives,
     LastCheckpoint,
     ProgressBar,
     ProgressLines,
@@ -188,7 +189,11 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             minutes = self._get(self.config, "checkpoint_minutes")
             self.best = BestModel(self.model_folder, self._record())
-            callbacks += [self.best, LastCheckpoint(self.output_dir / LAST_CHECKPOINT, minutes)]
+            callbacks += [
+                HardNegatives(),
+                self.best,
+                LastCheckpoint(self.output_dir / LAST_CHECKPOINT, minutes),
+            ]
         kwargs |= {
             "callbacks": callbacks,
             "plugins": [*_as_list(given.plugins), AtomicCheckpointIO()],

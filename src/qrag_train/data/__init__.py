@@ -3,6 +3,7 @@
 from qrag_train.data.babi import read_babi
 from qrag_train.data.babilong import BabiLong, hide_story
 from qrag_train.data.books import BackgroundText, split_sentences
+from qrag_train.data.candidates import CandidateSets
 from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.mixture import Mixture
@@ -15,6 +16,7 @@ __all__ = [
     "BabiLong",
     "BabiSimulator",
     "BackgroundText",
+    "CandidateSets",
     "FixedSamples",
     "Mixture",
     "SampleList",

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import numpy as np
 
 from qrag_retriever.errors import DatasetError
+from qrag_train.data.candidates import CandidateSets
 from qrag_train.data.mixture import Mixture
 from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample
 from qrag_train.data.source import SourceConfig, looked_at
+from qrag_train.evaluation import hard_negatives
 from qrag_train.loader import RolloutLoader, SampleLoader
+
+if TYPE_CHECKING:
+    from qrag_retriever.model import QRAGModel
 
 # One validation set for runs with different seeds.
 _VALIDATION_SEED = 1
@@ -28,6 +34,13 @@ class SupportDataModule(lightning.LightningDataModule):
         train: Sources of training questions.
         val: Sources of validation questions.
         test: Sources of test questions.
+        corpus: JSONL file with the chunks that the questions of all three files share; left out,
+            each question brings its own.
+        candidates: With a corpus: number of chunks an episode retrieves from. Validation and test
+            search the whole corpus.
+        hard_negatives: With a corpus: how many of them may be chunks that the model in training
+            takes for support; the others are the support and random ones.
+        refresh_negatives: With a corpus: updates between two searches for hard negatives.
         val_samples: Most questions of a validation or a test; always the same ones.
         seed: Seed of the training episodes.
 
@@ -43,15 +56,26 @@ class SupportDataModule(lightning.LightningDataModule):
         train: list[SourceConfig] | None = None,
         val: list[SourceConfig] | None = None,
         test: list[SourceConfig] | None = None,
+        corpus: str | None = None,
+        candidates: int = 64,
+        hard_negatives: int = 32,
+        refresh_negatives: int = 100,
         val_samples: int = 200,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self._configs = {
-            "train": _sources("train", train_file, train),
-            "val": _sources("val", val_file, val),
-            "test": _sources("test", test_file, test),
+            "train": _sources("train", train_file, train, corpus),
+            "val": _sources("val", val_file, val, corpus),
+            "test": _sources("test", test_file, test, corpus),
         }
+        if refresh_negatives < 1:
+            raise DatasetError(
+                f"refresh_negatives={refresh_negatives} is not allowed; give at least 1."
+            )
+        self._candidates, self._hard = candidates, hard_negatives
+        self._refresh = refresh_negatives
+        self._candidate_sets: dict[int, CandidateSets] = {}
         if val_samples < 1:
             raise DatasetError(f"val_samples={val_samples} is not allowed; give at least 1.")
         self._val_samples = val_samples
@@ -77,12 +101,50 @@ class SupportDataModule(lightning.LightningDataModule):
     def source(self, part: str) -> SampleSource:
         """Where questions of a part are drawn from. Errors as `sources`."""
         sources = [source for _, source in self.sources(part)]
+        if part == "train":
+            sets = self.candidate_sets()
+            sources = [sets.get(number, source) for number, source in enumerate(sources)]
         if len(sources) == 1:
             return sources[0]
         weights = [config.weight for config, _ in self.sources(part) if config.weight is not None]
         if weights and len(weights) < len(sources):
             raise DatasetError(f"Some {part} sources have a weight; give one to all or to none.")
         return Mixture(sources, weights or None)
+
+    def candidate_sets(self) -> dict[int, CandidateSets]:
+        """The training sources on a corpus, by their number, with candidates for each question.
+
+        Raises:
+            DatasetError: If the numbers of candidates are out of range.
+        """
+        for number, (config, questions) in enumerate(self.sources("train")):
+            if config.corpus is not None and number not in self._candidate_sets:
+                assert isinstance(questions, Sequence)
+                self._candidate_sets[number] = CandidateSets(
+                    questions, self._candidates, self._hard
+                )
+        return self._candidate_sets
+
+    def find_negatives(self, model: QRAGModel, steps: int, update: int) -> None:
+        """Search for hard negatives anew where it is time to.
+
+        Args:
+            model: The model in training.
+            steps: Its retrieval budget T.
+            update: Number of updates made.
+        """
+        if self._hard and update % self._refresh == 0:
+            for sets in self.candidate_sets().values():
+                sets.hard_negatives = hard_negatives(model, sets.questions, steps, self._hard)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The hard negatives, which resuming needs."""
+        return {str(number): s.hard_negatives for number, s in self.candidate_sets().items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for number, sets in self.candidate_sets().items():
+            sets.hard_negatives = state_dict[str(number)]
 
     def samples(self, part: str) -> Sequence[SupportSample]:
         """The questions of a validation or a test: always the same, at most ``val_samples``."""
@@ -127,9 +189,11 @@ class SupportDataModule(lightning.LightningDataModule):
         return SampleLoader([samples[i] for i in range(rank, len(samples), world)])
 
 
-def _sources(part: str, file: str | None, sources: list[SourceConfig] | None) -> list[SourceConfig]:
+def _sources(
+    part: str, file: str | None, sources: list[SourceConfig] | None, corpus: str | None
+) -> list[SourceConfig]:
     if file is not None and sources:
         raise DatasetError(f"Give {part}_file or {part}, not both.")
     if file is not None:
-        return [SourceConfig(file)]
+        return [SourceConfig(file, "corpus" if corpus else "jsonl", corpus)]
     return list(sources or [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
 import numpy as np
 
@@ -52,6 +52,6 @@ class Mixture:
 
 
 def _size(source: SampleSource) -> int:
-    if not isinstance(source, Sequence):
+    if not isinstance(source, Sized):
         raise DatasetError(f"{type(source).__name__} has no size; give weights to the mixture.")
     return len(source)
