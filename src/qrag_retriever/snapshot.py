@@ -6,7 +6,6 @@ import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from qrag_retriever.ann import AnnIndex, AnnKind
 from qrag_retriever.errors import InvalidInputError
@@ -57,6 +56,8 @@ class Snapshot:
 
     def tensor(self) -> Tensor:
         """The embeddings as a tensor over the same memory, not to be written to."""
+        import torch
+
         return torch.from_numpy(self._writable)  # of a read-only array torch warns
 
     @property
