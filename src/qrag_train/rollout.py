@@ -153,6 +153,7 @@ class RolloutCollector:
             ids, rho = self._state_ids(), self.environment.positions(self._scheme)
             actions = self._choose(ids, rho, alpha)
             chosen = [n[a] for n, a in zip(self._chunks, actions.tolist(), strict=True)]
+            self.embeddings.mark_chosen(chosen)
             rewards, dones = self.environment.step(actions)
             steps.append(
                 _Step(

@@ -77,7 +77,8 @@ class ChunkEmbeddings:
 
     A text has one row, however often it occurs. After `advance`, all texts are embedded anew when
     they are next asked for; with ``refresh_every`` only every so many updates, apart from those
-    marked as support, whose embeddings are always those of the current weights.
+    marked as support, whose embeddings are always those of the current weights, and those that
+    were chosen since: an outdated embedding that looks good must not be chosen again and again.
 
     Args:
         encoders: The trained and the target action encoder.
@@ -111,6 +112,11 @@ class ChunkEmbeddings:
         """Always embed these texts with the current weights."""
         self._grow()
         self._is_support[numbers] = True
+
+    def mark_chosen(self, numbers: Sequence[int]) -> None:
+        """Embed these texts anew after the update."""
+        due_next = self._update + 1 - self._refresh_every
+        self._stamp[numbers] = np.minimum(self._stamp[numbers], due_next)
 
     def rows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of texts in `vectors`, embedded now where they have to be."""

@@ -223,21 +223,28 @@ def test_background_is_refreshed_every_so_many_updates(model: QRAGModel) -> None
     table = TextTable(model)
     encoders = (model.action_encoder, model.action_encoder)
     embeddings = ChunkEmbeddings(encoders, table, refresh_every=3)
-    texts = ["the red cup fell", "the blue hat fell"]
+    texts = ["the red cup fell", "the blue hat fell", "the white key fell"]
     numbers = table.numbers(texts)
-    embeddings.mark_support(numbers[1:])
+    embeddings.mark_support(numbers[1:2])
     old = model.encode_actions(texts)
     fresh = []
-    for _ in range(4):
-        vectors = embeddings.vectors[0][embeddings.rows(numbers)] if fresh else None
+    for update in range(5):
         rows = embeddings.rows(numbers)
         vectors = embeddings.vectors[0][rows].numpy()
         fresh.append(np.isclose(vectors, model.encode_actions(texts), atol=1e-6).all(1).tolist())
+        if update == 1:
+            embeddings.mark_chosen(numbers[2:].tolist())
+            embedded = embeddings.embedded
+            embeddings.rows(numbers)
+            assert embeddings.embedded == embedded  # the weights are still the same
         with torch.no_grad():
             model.action_encoder.transformer.model.embeddings.word_embeddings.weight.mul_(1.5)
         embeddings.advance()
     assert not np.allclose(old, model.encode_actions(texts))
-    assert fresh == [[True, True], [False, True], [False, True], [True, True]]
+    background, support, chosen = zip(*fresh, strict=True)
+    assert background == (True, False, False, True, False)
+    assert support == (True,) * 5
+    assert chosen == (True, False, True, False, False)
 
 
 @pytest.mark.parametrize("batch_tokens", [8, 10_000])
