@@ -54,3 +54,15 @@ def test_llama_index_engine_reports_its_steps(tmp_path):
         f"step {number}" for number in (1, 2, 3, 4)
     ]
     assert "That was Flint's treasure" in answer
+
+
+def test_finetuning_ends_with_a_model_in_both_frameworks(tmp_path):
+    out = run("finetune_on_your_corpus.py", "--updates", "2", folder=tmp_path)
+    parts = out.split("--- ")
+    assert "3 notes in steps: Fact-EM" in parts[1]
+    assert parts[3].startswith("the trained model")
+    assert "3 notes in steps: Fact-EM" in parts[3]
+    assert parts[4].startswith("in LangChain")
+    assert parts[4].count("Document: ") == 3
+    assert parts[5].count("TextNode: ") == 3
+    assert (tmp_path / "runs" / "handbook" / "model" / "qrag_config.json").exists()

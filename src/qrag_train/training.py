@@ -51,6 +51,7 @@ _CONFIG_FILE = "config.yaml"
 # What trains an embedder of 22 million parameters on a laptop in minutes, not hours.
 _MODEL_DEFAULTS = {
     "pqn.environments": 8,
+    "pqn.random_transitions": 0,
     "pqn.alpha": 0.03,
     "pqn.tau": 0.05,
     "pqn.reward.fact_share": 0.5,
