@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -61,17 +61,6 @@ class Rollout:
     dones: Tensor
     next_values: Tensor
     finished: list[Episode]
-
-
-class _Step(NamedTuple):
-    """One step of E episodes, in the order of `Rollout`."""
-
-    state_ids: list[TokenIds]
-    action_ids: list[TokenIds]
-    positions: Tensor
-    rewards: Tensor
-    dones: Tensor
-    next_values: Tensor
 
 
 class EpisodeStream:
@@ -146,35 +135,26 @@ class RolloutCollector:
 
     def _collect(self, alpha: float) -> Rollout:
         self._begin()
-        steps: list[_Step] = []
-        finished: list[Episode] = []
-        for _ in range(self._config.rollout_steps or self.environment.max_steps):
-            self._reset_ended()
-            ids, rho = self._state_ids(), self.environment.positions(self._scheme)
-            actions = self._choose(ids, rho, alpha)
-            chosen = [n[a] for n, a in zip(self._chunks, actions.tolist(), strict=True)]
-            self.embeddings.mark_chosen(chosen)
-            rewards, dones = self.environment.step(actions)
-            steps.append(
-                _Step(
-                    ids,
-                    self.table.action_ids(chosen),
-                    rho.gather(1, actions[:, None])[:, 0],
-                    rewards,
-                    dones,
-                    self._next_values(dones, alpha),
-                )
-            )
-            finished += self._finish(rewards, dones)
-            self.transitions += len(dones)
+        steps = self._config.rollout_steps or self.environment.max_steps
+        return _joined([self._step(alpha) for _ in range(steps)])
+
+    def _step(self, alpha: float) -> Rollout:
+        """One step of every episode, as a rollout with L = 1."""
+        self._reset_ended()
+        ids, rho = self._state_ids(), self.environment.positions(self._scheme)
+        actions = self._choose(ids, rho, alpha)
+        chosen = [n[a] for n, a in zip(self._chunks, actions.tolist(), strict=True)]
+        self.embeddings.mark_chosen(chosen)
+        rewards, dones = self.environment.step(actions)
+        self.transitions += len(dones)
         return Rollout(
-            state_ids=[ids for step in steps for ids in step.state_ids],
-            action_ids=[ids for step in steps for ids in step.action_ids],
-            positions=torch.stack([step.positions for step in steps]),
-            rewards=torch.stack([step.rewards for step in steps]),
-            dones=torch.stack([step.dones for step in steps]),
-            next_values=torch.stack([step.next_values for step in steps]),
-            finished=finished,
+            state_ids=ids,
+            action_ids=self.table.action_ids(chosen),
+            positions=rho.gather(1, actions[:, None]).T,
+            rewards=rewards[None],
+            dones=dones[None],
+            next_values=self._next_values(dones, alpha)[None],
+            finished=self._finish(rewards, dones),
         )
 
     def _choose(self, ids: list[TokenIds], rho: Tensor, alpha: float) -> Tensor:
@@ -301,3 +281,16 @@ class RolloutCollector:
         self.environment.restore(state["retrieved"])
         self._returns = np.array(state["returns"])
         self._ended = np.array(state["ended"])
+
+
+def _joined(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of the same episodes, one after the other, as one."""
+    return Rollout(
+        state_ids=[ids for part in parts for ids in part.state_ids],
+        action_ids=[ids for part in parts for ids in part.action_ids],
+        positions=torch.cat([part.positions for part in parts]),
+        rewards=torch.cat([part.rewards for part in parts]),
+        dones=torch.cat([part.dones for part in parts]),
+        next_values=torch.cat([part.next_values for part in parts]),
+        finished=[episode for part in parts for episode in part.finished],
+    )
