@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 
     from qrag_retriever.model import QRAGModel
 
-# Tokens of a padded batch with gradients.
-_BATCH_TOKENS = {"cpu": 8192}
+# Tokens of a padded batch with gradients on a GPU; on a CPU smaller ones are faster.
 _GPU_BATCH_TOKENS = 32768
+# Longest states for which attention keeps its whole matrix for the backward pass.
+_MOST_EAGER_TOKENS = 256
 _LOGGED_EPISODES = 200
 
 
@@ -111,13 +113,21 @@ class QRAGTrainingModule(lightning.LightningModule):
             action_ids: Token ids of the chunks.
             positions: ρ of the chunks, ``[n]``.
         """
-        tokens = _BATCH_TOKENS.get(self.device.type, _GPU_BATCH_TOKENS)
+        tokens = None if self.device.type == "cpu" else _GPU_BATCH_TOKENS
         states = embed(self.model.state_encoder, state_ids, tokens)
         actions = embed(self.model.action_encoder, action_ids, tokens)
         if self.model.config.positions != "none":
             base = self.model.config.rotary_base
             states = rotate(states, -positions.to(states.device), base)
         return critic_values(states, actions, self.pqn.n_critics)
+
+    def on_fit_start(self) -> None:
+        """Choose the attention whose backward pass is fast on the device."""
+        longest = self.model.config.max_state_tokens or math.inf
+        if self.device.type == "cpu" and longest <= _MOST_EAGER_TOKENS:
+            for encoder in (self.model.state_encoder, self.model.action_encoder):
+                # on a CPU fused attention takes most of a backward pass, eager a tenth of it
+                encoder.transformer.model.set_attn_implementation("eager")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make the optimiser's step, then let the target networks follow."""

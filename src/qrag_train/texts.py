@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -186,13 +186,15 @@ class ChunkEmbeddings:
             self._is_support = np.append(self._is_support, np.zeros(more, dtype=bool))
 
 
-def embed(encoder: Encoder, inputs: Sequence[Sequence[int]], batch_tokens: int) -> Tensor:
+def embed(
+    encoder: Encoder, inputs: Sequence[Sequence[int]], batch_tokens: int | None = None
+) -> Tensor:
     """Embed inputs with gradients: equal ones once, in padded batches of similar length.
 
     Args:
         encoder: The encoder.
         inputs: n sequences of token ids, special tokens included.
-        batch_tokens: Most tokens of a padded batch.
+        batch_tokens: Most tokens of a padded batch; ``None``: what suits the device.
 
     Returns:
         Embeddings, float32 ``[n, d]``.
@@ -200,20 +202,10 @@ def embed(encoder: Encoder, inputs: Sequence[Sequence[int]], batch_tokens: int) 
     slots: dict[tuple[int, ...], int] = {}
     rows = [slots.setdefault(tuple(ids), len(slots)) for ids in inputs]
     unique = list(slots)
-    order = sorted(range(len(unique)), key=lambda row: -len(unique[row]))
-    parts = [
-        encoder([unique[row] for row in order[batch]]).float()
-        for batch in _batches([len(unique[row]) for row in order], batch_tokens)
-    ]
-    place = {row: position for position, row in enumerate(order)}
+    parts: list[Tensor] = []
+    place: dict[int, int] = {}
+    for batch in encoder.batches(unique, batch_tokens):
+        parts.append(encoder([unique[row] for row in batch]).float())
+        place.update({row: len(place) + i for i, row in enumerate(batch)})
     index = torch.tensor([place[row] for row in rows], device=parts[0].device)
     return torch.cat(parts)[index]
-
-
-def _batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[slice]:
-    """Cut inputs of falling length into padded batches."""
-    first = 0
-    for last in range(1, len(lengths) + 1):
-        if last == len(lengths) or (last + 1 - first) * lengths[first] > batch_tokens:
-            yield slice(first, last)
-            first = last

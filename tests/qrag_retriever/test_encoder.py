@@ -116,7 +116,7 @@ def test_equal_inputs_are_embedded_once(encoder: Encoder, monkeypatch: pytest.Mo
 
 def test_batches_hold_no_more_than_the_budget(encoder: Encoder) -> None:
     inputs = [[5] * length for length in (3, 12, 1, 7, 7, 30, 2)]
-    batches = list(encoder._batches(inputs, batch_tokens=24))
+    batches = list(encoder.batches(inputs, batch_tokens=24))
     lengths = [[len(inputs[row]) for row in batch] for batch in batches]
     assert lengths == [[30], [12, 7], [7, 3, 2], [1]]
 
