@@ -33,9 +33,11 @@ from qrag_train.curves import plot_curves
 from qrag_train.data.datamodule import SupportDataModule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from lightning.pytorch.loggers import Logger
+
+    from qrag_train.validation import ValidatedTrainingModule
 
 Preset = Literal["babilong", "hotpotqa", "musique"]
 
@@ -250,11 +252,14 @@ class TrainingCLI(LightningCLI):
             )
 
 
-def run(arguments: Sequence[str]) -> TrainingCLI:
+def run(
+    arguments: Sequence[str], build: Callable[..., ValidatedTrainingModule] = build_module
+) -> TrainingCLI:
     """Run one of the commands.
 
     Args:
         arguments: Command and options.
+        build: Makes the module, with the arguments of `build_module`; for modules of your own.
 
     Returns:
         What has run, with its `model`, `datamodule` and `trainer`.
@@ -264,7 +269,7 @@ def run(arguments: Sequence[str]) -> TrainingCLI:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return TrainingCLI(
-        build_module,
+        build,
         SupportDataModule,
         save_config_callback=None,
         seed_everything_default=0,
