@@ -47,7 +47,8 @@ def check_run(data: SupportDataModule, budget: int) -> None:
         finite = isinstance(source, Sequence)
         check_samples(config.file, looked_at(source), budget, unique=finite)
     for first, second in product(train, val):
-        if filecmp.cmp(first[0].file, second[0].file, shallow=False):
+        files = first[0].is_file and second[0].is_file
+        if files and filecmp.cmp(first[0].file, second[0].file, shallow=False):
             warnings.warn(
                 f"{second[0].file} is both training and validation data, so validation cannot "
                 "tell what was learned from what was memorised; hold some questions back.",

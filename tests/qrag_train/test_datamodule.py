@@ -73,3 +73,14 @@ def test_a_thinned_background_keeps_runs_and_spreads(count: int) -> None:
         assert numbers[0] == 0
         assert numbers[-1] >= 980
         assert np.mean(np.diff(numbers) == 1) >= 0.94
+
+
+def test_stories_may_be_made_up(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It rained all day long. The sea was grey and cold.\n" * 20)
+    config = SourceConfig("simulated:2", "babilong", background=str(tmp_path), sentences=(60, 60))
+    sample = config.open().sample(np.random.default_rng(0))
+    assert len(sample.chunks) == 60
+    assert sample.question.startswith("Where is the")
+    assert len(sample.support) == 2
+    with pytest.raises(DatasetError, match="simulated:1 to simulated:5"):
+        SourceConfig("simulated:two", "babilong", background=str(tmp_path)).open()

@@ -14,6 +14,7 @@ from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.musique import read_musique
 from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample
+from qrag_train.data.simulator import BabiSimulator
 from qrag_train.data.twowiki import read_twowiki
 
 Format = Literal["jsonl", "corpus", "babilong", "hotpotqa", "musique", "2wiki"]
@@ -24,6 +25,7 @@ _READERS = {
     "musique": read_musique,
     "2wiki": read_twowiki,
 }
+_SIMULATED = "simulated:"
 # Samples of an endless source that are checked, and read for a vocabulary, before training.
 _LOOKED_AT = 200
 
@@ -33,7 +35,8 @@ class SourceConfig:
     """One source of questions.
 
     Attributes:
-        file: The file with the questions.
+        file: The file with the questions; for ``babilong`` also ``simulated:2``, which makes up
+            stories of bAbI's task 2 without end (tasks 1 to 5).
         format: Its kind: ``jsonl`` (a document per question), ``corpus`` (questions on the chunks
             of ``corpus``), ``babilong`` (a bAbI file, hidden in ``background``), or the official
             files of ``hotpotqa``, ``musique`` or ``2wiki``.
@@ -75,8 +78,21 @@ class SourceConfig:
             background = BackgroundText.from_folder(str(self.background))
             if self.background_sentences is not None:
                 background = thinned(background, self.background_sentences)
-            return BabiLong(read_babi(self.file), background, self.sentences)
+            return BabiLong(self._stories(), background, self.sentences)
         return _READERS[self.format](self.file)
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the questions stand in a file."""
+        return not self.file.startswith(_SIMULATED)
+
+    def _stories(self) -> SampleSource:
+        if self.is_file:
+            return read_babi(self.file)
+        task = self.file.removeprefix(_SIMULATED)
+        if not task.isdecimal():
+            raise DatasetError(f"{self.file!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5.")
+        return BabiSimulator(int(task))
 
 
 def looked_at(source: SampleSource) -> Sequence[SupportSample]:
