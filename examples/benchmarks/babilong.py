@@ -23,7 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_train.calibration import calibrate
 from qrag_train.data import BackgroundText, SupportSample, hide_story, read_babi
-from qrag_train.evaluation import evaluate
+from qrag_train.evaluation import search_samples, steps_above
+from qrag_train.metrics import retrieval_metrics
 
 
 def main() -> None:
@@ -77,8 +78,12 @@ def judge(
     figures = []
     for length in options.lengths:
         samples, left_out = hidden(halves[1], background, length, options)
-        whole = evaluate(model, samples, SearchOptions(budget, runners_up=0))
-        stopped = evaluate(model, samples, SearchOptions(budget, chosen.q_threshold, runners_up=0))
+        beams = search_samples(model, samples, SearchOptions(budget, runners_up=0))
+        supports = [sample.support for sample in samples]
+        whole = retrieval_metrics([beam.retrieved for beam in beams], supports)
+        lengths = [steps_above(beam, chosen.q_threshold) for beam in beams]
+        found = [beam.retrieved[:n] for beam, n in zip(beams, lengths, strict=True)]
+        stopped = retrieval_metrics(found, supports)
         figures.append(
             {
                 "sentences": length,
