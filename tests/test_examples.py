@@ -64,5 +64,5 @@ def test_finetuning_ends_with_a_model_in_both_frameworks(tmp_path):
     assert "3 notes in steps: Fact-EM" in parts[3]
     assert parts[4].startswith("in LangChain")
     assert parts[4].count("Document: ") == 3
-    assert parts[5].count("TextNode: ") == 3
+    assert parts[5].count("NodeWithScore: ") == 3
     assert (tmp_path / "runs" / "handbook" / "model" / "qrag_config.json").exists()
