@@ -124,9 +124,10 @@ class QRAGTrainingModule(lightning.LightningModule):
     def on_fit_start(self) -> None:
         """Choose the attention whose backward pass is fast on the device."""
         longest = self.model.config.max_state_tokens or math.inf
-        if self.device.type == "cpu" and longest <= _MOST_EAGER_TOKENS:
+        half = str(self.trainer.precision).startswith("bf16")
+        if self.device.type == "cpu" and half and longest <= _MOST_EAGER_TOKENS:
             for encoder in (self.model.state_encoder, self.model.action_encoder):
-                # on a CPU fused attention takes most of a backward pass, eager a tenth of it
+                # in bfloat16 the backward pass of fused attention is slow on a CPU
                 encoder.transformer.model.set_attn_implementation("eager")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:

@@ -50,7 +50,7 @@ LOGS = "logs"
 _PRESETS = Path(str(resources.files("qrag_train"))) / "presets"
 _INTERRUPTED = 130
 _CONFIG_FILE = "config.yaml"
-# What trains an embedder of 22 million parameters on a laptop in minutes, not hours.
+# Smaller updates than the paper's, for a small embedder on a CPU.
 _MODEL_DEFAULTS = {
     "pqn.environments": 8,
     "pqn.random_transitions": 0,
