@@ -9,9 +9,9 @@ the first has a word in common with it. An annotation names the notes that answe
     {"id": "1", "question": "Who is in charge of search?", "support": ["note-7", "note-31"]}
 
 The 20 questions of train.jsonl are annotated so; the 20 of valid.jsonl, about other parts of the
-company, tell what was learned; they also choose the best
-model, so keep further questions aside for a figure to rely on. Training is the command that stands in `TRAIN`, a few minutes on a
-laptop; the model it leaves is used in LangChain and in LlamaIndex at the end.
+company, tell what was learned. They also choose the best model, so for a figure to rely on keep
+further questions aside. Training is the command that stands in `TRAIN`; the model it leaves is used
+in LangChain and in LlamaIndex at the end.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 Half of the questions choose the threshold, the other half judge; each stands in a document of its
 own from books that training did not see. Questions whose story alone is longer than a document are
 left out and counted. Where the run chose its best model on the same file, as the configs here do,
-the figures are a little flattering. The minutes of training are those between its first and its last validation.
+the figures are a little flattering. The minutes of training are those between its first and its
+last validation.
 """
 
 from __future__ import annotations
