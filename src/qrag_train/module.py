@@ -97,7 +97,8 @@ class QRAGTrainingModule(lightning.LightningModule):
             gamma=self.pqn.gamma,
             lam=self.pqn.lambda_,
         )
-        q = self.q_values(rollout.state_ids, rollout.action_ids, rollout.positions.flatten())
+        positions = rollout.positions.flatten()
+        q = self.q_values(rollout.state_ids, rollout.action_ids, positions, rollout.states)
         return critic_loss(q, targets.flatten().to(q.device))
 
     def q_values(
@@ -105,6 +106,7 @@ class QRAGTrainingModule(lightning.LightningModule):
         state_ids: Sequence[Sequence[int]],
         action_ids: Sequence[Sequence[int]],
         positions: Tensor,
+        states: Tensor | None = None,
     ) -> Tensor:
         """Q of n pairs of state and chunk by each critic, float32 ``[n, critics]``, with gradients.
 
@@ -112,9 +114,11 @@ class QRAGTrainingModule(lightning.LightningModule):
             state_ids: Token ids of the states.
             action_ids: Token ids of the chunks.
             positions: ρ of the chunks, ``[n]``.
+            states: Embeddings of the states, ``[n, d]``, where they are there already.
         """
         tokens = None if self.device.type == "cpu" else _GPU_BATCH_TOKENS
-        states = embed(self.model.state_encoder, state_ids, tokens)
+        if states is None:
+            states = embed(self.model.state_encoder, state_ids, tokens)
         actions = embed(self.model.action_encoder, action_ids, tokens)
         if self.model.config.positions != "none":
             base = self.model.config.rotary_base
@@ -122,13 +126,14 @@ class QRAGTrainingModule(lightning.LightningModule):
         return critic_values(states, actions, self.pqn.n_critics)
 
     def on_fit_start(self) -> None:
-        """Choose the attention whose backward pass is fast on the device."""
+        """Choose the attention that is fast on the device."""
         longest = self.model.config.max_state_tokens or math.inf
         half = str(self.trainer.precision).startswith("bf16")
         if self.device.type == "cpu" and half and longest <= _MOST_EAGER_TOKENS:
-            for encoder in (self.model.state_encoder, self.model.action_encoder):
-                # in bfloat16 the backward pass of fused attention is slow on a CPU
-                encoder.transformer.model.set_attn_implementation("eager")
+            for model in (self.model, self.target):
+                for encoder in (model.state_encoder, model.action_encoder):
+                    # in bfloat16 fused attention is slow on a CPU, its backward pass above all
+                    encoder.transformer.model.set_attn_implementation("eager")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make the optimiser's step, then let the target networks follow."""
@@ -169,7 +174,14 @@ class QRAGTrainingModule(lightning.LightningModule):
 
     def _make_collector(self, stream: EpisodeStream) -> RolloutCollector:
         seed = self.seed * 10_007 + self.global_rank
-        collector = RolloutCollector(self.model, self.target, stream, self.pqn, seed)
+        collector = RolloutCollector(
+            self.model,
+            self.target,
+            stream,
+            self.pqn,
+            seed,
+            keep_graph=learns_as_it_acts(self.model),
+        )
         if self._restored is not None:
             collector.load_state_dict(self._restored["collector"])
             torch.set_rng_state(self._restored["torch"].cpu())
@@ -251,6 +263,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def learns_as_it_acts(model: nn.Module) -> bool:
+    """Whether the encoders compute the same in training and in evaluation mode.
+
+    Dropout would differ, and gradient checkpointing saves no memory in evaluation mode.
+    """
+    return not any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or getattr(module, "attention_dropout", 0.0)
+        or getattr(module, "gradient_checkpointing", False)
+        for module in model.modules()
+    )
 
 
 def freeze_unused(model: QRAGModel) -> None:

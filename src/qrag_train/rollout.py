@@ -14,7 +14,7 @@ from qrag_train.data.sample import SupportSample
 from qrag_train.environment import RetrievalEnvironment, in_state_order
 from qrag_train.metrics import fact_scores
 from qrag_train.returns import critic_values, soft_value
-from qrag_train.texts import ChunkEmbeddings, TextTable
+from qrag_train.texts import ChunkEmbeddings, TextTable, embed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -52,6 +52,8 @@ class Rollout:
         dones: Whether the episode ended with the step, bool ``[L, E]``.
         next_values: V'(s_{t+1}) by the target networks, float32 ``[L, E]``; 0 after an end.
         finished: The episodes that ended, for the log.
+        states: Embeddings of the states with their graph, float32 ``[L·E, d]``; ``None`` where
+            the policy did without.
     """
 
     state_ids: list[TokenIds]
@@ -61,6 +63,7 @@ class Rollout:
     dones: Tensor
     next_values: Tensor
     finished: list[Episode]
+    states: Tensor | None = None
 
 
 class EpisodeStream:
@@ -82,7 +85,8 @@ class EpisodeStream:
 class RolloutCollector:
     """E episodes that go on from rollout to rollout and begin anew when they end.
 
-    Everything is computed in evaluation mode and without gradients.
+    Everything is computed in evaluation mode and without gradients, apart from the embeddings of
+    the states, if the loss may use them as they are.
 
     Args:
         model: The model in training; it acts with the weights it has when `collect` is called.
@@ -90,6 +94,7 @@ class RolloutCollector:
         stream: Where episodes come from.
         config: Settings of the algorithm.
         seed: Seed of the policy's draws.
+        keep_graph: Embed the states with gradients, so that the loss need not embed them again.
 
     Attributes:
         transitions: Number of transitions collected so far.
@@ -102,7 +107,10 @@ class RolloutCollector:
         stream: EpisodeStream,
         config: PQNConfig,
         seed: int,
+        *,
+        keep_graph: bool = False,
     ) -> None:
+        self._keep_graph = keep_graph
         self._model, self._target = model, target
         self._stream = stream
         self._config = config
@@ -117,7 +125,6 @@ class RolloutCollector:
         self._chunks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(self._ended)
         self._new_table()
 
-    @torch.no_grad()
     def collect(self, alpha: float) -> Rollout:
         """Go on by L steps with the current weights.
 
@@ -138,11 +145,14 @@ class RolloutCollector:
         steps = self._config.rollout_steps or self.environment.max_steps
         return _joined([self._step(alpha) for _ in range(steps)])
 
+    @torch.no_grad()
     def _step(self, alpha: float) -> Rollout:
         """One step of every episode, as a rollout with L = 1."""
         self._reset_ended()
         ids, rho = self._state_ids(), self.environment.positions(self._scheme)
-        actions = self._choose(ids, rho, alpha)
+        random = self.transitions < self._config.random_transitions
+        states = None if random else self._states(ids)
+        actions = self._choose(states, rho, alpha)
         chosen = [n[a] for n, a in zip(self._chunks, actions.tolist(), strict=True)]
         self.embeddings.mark_chosen(chosen)
         rewards, dones = self.environment.step(actions)
@@ -155,15 +165,21 @@ class RolloutCollector:
             dones=dones[None],
             next_values=self._next_values(dones, alpha)[None],
             finished=self._finish(rewards, dones),
+            states=states if self._keep_graph else None,
         )
 
-    def _choose(self, ids: list[TokenIds], rho: Tensor, alpha: float) -> Tensor:
-        """Draw an action for each episode: by the soft policy, or at random in the beginning."""
+    def _states(self, ids: list[TokenIds]) -> Tensor:
+        """Embeddings of the states by the trained encoder."""
+        with torch.set_grad_enabled(self._keep_graph):
+            return embed(self._model.state_encoder, ids)
+
+    def _choose(self, states: Tensor | None, rho: Tensor, alpha: float) -> Tensor:
+        """Draw an action for each episode: by the soft policy, or at random without states."""
         available = self.environment.available
-        if self.transitions < self._config.random_transitions:
+        if states is None:
             weights = available.float()
         else:
-            q = self._q(self._model, ids, np.arange(len(ids)), rho).sum(dim=-1)
+            q = self._q(states, 0, np.arange(len(states)), rho).sum(dim=-1)
             q = q.masked_fill(~available, -torch.inf)
             top_k = min(self._config.top_k_actions or q.shape[1], q.shape[1])
             best, chunks = q.topk(top_k, dim=1)
@@ -177,23 +193,27 @@ class RolloutCollector:
         if len(going_on):
             ids = self._state_ids(going_on)
             rho = self.environment.positions(self._scheme)[going_on]
-            q = self._q(self._target, ids, going_on, rho)
+            q = self._q(self._target.state_encoder.encode(ids), 1, going_on, rho)
             available = self.environment.available[going_on]
             values[going_on] = soft_value(q, available, alpha, self._config.top_k_actions)
         return values
 
-    def _q(
-        self, model: QRAGModel, ids: list[TokenIds], episodes: NDArray[np.int64], rho: Tensor
-    ) -> Tensor:
-        """Q of all chunks by each critic, float32 ``[episodes, N, critics]``, on the CPU."""
-        states = model.state_encoder.encode(ids)
-        vectors = self.embeddings.vectors[int(model is self._target)]
+    def _q(self, states: Tensor, network: int, episodes: NDArray[np.int64], rho: Tensor) -> Tensor:
+        """Q of all chunks by each critic, float32 ``[episodes, N, critics]``, on the CPU.
+
+        Args:
+            states: Embeddings of the episodes' states, ``[episodes, d]``.
+            network: 0: the trained one, 1: the target.
+            episodes: Numbers of the episodes.
+            rho: ρ of their chunks, ``[episodes, N]``.
+        """
+        vectors = self.embeddings.vectors[network]
         rows = torch.from_numpy(self._rows[episodes]).to(vectors.device)
         rotation = None
         if self._scheme.mode != "none":
             # few different ρ where they are integers
             levels, level = torch.unique(rho.to(vectors.device), return_inverse=True)
-            base = model.config.rotary_base
+            base = self._model.config.rotary_base
             rotation = phases(-levels, states.shape[1], base).to(torch.complex64)[level]
         states = states[:, None] if rotation is None else turn(states[:, None], rotation)
         return critic_values(states, vectors[rows], self._config.n_critics).cpu()
@@ -285,6 +305,7 @@ class RolloutCollector:
 
 def _joined(parts: Sequence[Rollout]) -> Rollout:
     """Rollouts of the same episodes, one after the other, as one."""
+    states = [part.states for part in parts if part.states is not None]
     return Rollout(
         state_ids=[ids for part in parts for ids in part.state_ids],
         action_ids=[ids for part in parts for ids in part.action_ids],
@@ -293,4 +314,5 @@ def _joined(parts: Sequence[Rollout]) -> Rollout:
         dones=torch.cat([part.dones for part in parts]),
         next_values=torch.cat([part.next_values for part in parts]),
         finished=[episode for part in parts for episode in part.finished],
+        states=torch.cat(states) if len(states) == len(parts) else None,
     )

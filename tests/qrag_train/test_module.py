@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,15 @@ from tiny import Colours, tiny_model
 from qrag_retriever.errors import ConfigError
 from qrag_retriever.model import QRAGModel
 from qrag_train.loader import RolloutLoader
-from qrag_train.module import QRAGTrainingModule, critic_loss, parameter_groups
+from qrag_train.module import (
+    QRAGTrainingModule,
+    critic_loss,
+    learns_as_it_acts,
+    parameter_groups,
+)
 from qrag_train.returns import lambda_returns
 from qrag_train.rewards import RewardConfig
+from qrag_train.rollout import EpisodeStream, RolloutCollector
 from qrag_train.settings import OptimizerConfig, PQNConfig
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "reference"
@@ -89,6 +96,34 @@ def test_rollout_and_loss_use_the_same_weights(folder: Path, tmp_path: Path) -> 
         assert all(torch.equal(weights, steps[update]) for _, weights in seen[start:end])
         start = end + 1
     assert not torch.equal(steps[1], steps[3])
+
+
+def test_states_of_the_rollout_serve_the_loss(folder: Path) -> None:
+    module = module_of(folder, random_transitions=0)
+    stream = EpisodeStream(Colours(), (0, 0))
+    collector = RolloutCollector(
+        module.model, module.target, stream, module.pqn, seed=0, keep_graph=True
+    )
+    rollout = collector.collect(0.1)
+    assert rollout.states is not None
+    gradients = []
+    for given in (rollout, dataclasses.replace(rollout, states=None)):  # the second embeds anew
+        module.zero_grad()
+        module.loss(given).backward()
+        gradients.append(gradients_of(module.model))
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-7, rtol=1e-4)
+
+
+def test_dropout_forbids_to_reuse_states(folder: Path) -> None:
+    model = module_of(folder).model
+    assert learns_as_it_acts(model)
+    next(m for m in model.modules() if isinstance(m, torch.nn.Dropout)).p = 0.1
+    assert not learns_as_it_acts(model)
+
+
+def gradients_of(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 def weights_of(model: torch.nn.Module) -> torch.Tensor:
