@@ -11,6 +11,7 @@ from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError
 from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import SearchOptions
+from qrag_train.card import model_card
 from qrag_train.evaluation import search_samples
 from qrag_train.metrics import fact_scores
 
@@ -130,8 +131,15 @@ def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int
         max_steps=max_steps,
         training={**config.training, "calibration": calibration._asdict()},
     )
+    card = file.with_name("README.md")
+    if "settings" in config.training:  # qrag-train fit wrote the card, which names the settings
+        _write(card, model_card(file.parent.name, config))
+    _write(file, config.to_json())
+
+
+def _write(file: Path, text: str) -> None:
     part = file.with_name(file.name + ".part")
-    part.write_text(config.to_json(), encoding="utf-8")
+    part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 

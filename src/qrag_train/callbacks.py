@@ -188,6 +188,7 @@ def export(module: ValidatedTrainingModule, folder: Path, record: dict[str, Any]
         record: What the model's `training` field says.
     """
     model = merge_lora(copy.deepcopy(module.model)).float()
+    record = {**record, "max_steps": module.budget}
     model.config = model.config.replace(max_steps=module.budget, training=record)
     with _no_bars():
         model.save_pretrained(folder)

@@ -45,7 +45,7 @@ scores = model.encode_query(["a question"]) @ model.encode_document(chunks).T
 On validation questions, {max_steps} chunks retrieved for each, after {updates} updates:
 
 {figures}
-
+{calibration}
 ## Data
 
 {data}
@@ -71,16 +71,18 @@ def model_card(name: str, config: QRAGConfig) -> str:
 
     Args:
         name: How examples call the model.
-        config: Its settings; `training` may hold ``figures``, ``data``, ``settings``, ``updates``.
+        config: Its settings; `training` may hold ``figures``, ``calibration``, ``data``,
+            ``settings``, ``updates`` and the ``max_steps`` of the figures.
     """
     training = config.training
     model = json.loads(config.replace(training={}).to_json())
     del model["training"]
     return _CARD.format(
         name=name,
-        max_steps=config.max_steps,
+        max_steps=training.get("max_steps", config.max_steps),
         updates=training.get("updates", "?"),
         figures=_table(training.get("figures", {})),
+        calibration=_calibration(training.get("calibration", {}), config.max_steps),
         data=_json_block(training.get("data", {})),
         model=json.dumps(model, indent=2),
         settings=json.dumps(training.get("settings", {}), indent=2),
@@ -90,6 +92,16 @@ def model_card(name: str, config: QRAGConfig) -> str:
 def _table(figures: Mapping[str, Any]) -> str:
     rows = [f"| {name.removeprefix('val/')} | {value:.3f} |" for name, value in figures.items()]
     return "\n".join(["| measure | value |", "| --- | --- |", *rows])
+
+
+def _calibration(figures: Mapping[str, Any], max_steps: int) -> str:
+    if not figures:
+        return ""
+    return (
+        f"\nStopped below Q = {figures['q_threshold']:.4f}, of at most {max_steps} chunks, on the "
+        f"questions that chose this threshold: Fact-EM {figures['fact_em']:.3f}, Fact-F1 "
+        f"{figures['fact_f1']:.3f}, {figures['steps']:.2f} chunks.\n"
+    )
 
 
 def _json_block(values: Mapping[str, Any]) -> str:

@@ -39,13 +39,15 @@ def check_run(data: SupportDataModule, budget: int) -> None:
 
     Raises:
         DatasetError: If there is no training or validation data, a file is not as described, ids
-            repeat, or chunks are empty.
+            repeat, chunks are empty, or the weights of a mixture do not fit.
         ConfigError: If the budget is smaller than the largest support.
     """
     train, val = data.sources("train"), data.sources("val")
     for config, source in train + val:
         finite = isinstance(source, Sequence)
         check_samples(config.file, looked_at(source), budget, unique=finite)
+    for part in ("train", "val"):
+        data.source(part)  # refuses weights that do not fit the sources
     for first, second in product(train, val):
         files = first[0].is_file and second[0].is_file
         if files and filecmp.cmp(first[0].file, second[0].file, shallow=False):
@@ -94,6 +96,24 @@ def check_samples(
             f"max_steps={budget} chunks are retrieved, but {needs_most} of {name} has {largest} "
             f"support chunks, which no episode could complete; give --model.max_steps {largest} "
             "or more."
+        )
+
+
+def check_interval(val_check_interval: int | float | None, updates: int) -> None:
+    """Look at how often a training is validated.
+
+    Args:
+        val_check_interval: Updates between two validations, or a fraction of the training.
+        updates: Updates of the whole training.
+
+    Raises:
+        ConfigError: If not even one validation would take place.
+    """
+    if isinstance(val_check_interval, int) and val_check_interval > updates:
+        raise ConfigError(
+            f"--trainer.val_check_interval {val_check_interval} is more than the {updates} updates "
+            "of the training (--trainer.max_steps); give at most as many, or a fraction such as "
+            "0.1."
         )
 
 

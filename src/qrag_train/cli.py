@@ -12,11 +12,11 @@ from qrag_retriever.errors import MissingDependencyError, QRAGError
 from qrag_train.data.sample import FixedSamples, SupportSample
 from qrag_train.data.source import Format, SourceConfig
 
-# What training.py runs; here for the overview alone.
-_TRAINING = {
+# What training.py runs.
+TRAINING_COMMANDS = {
     "fit": "Train a model on questions with support annotations.",
-    "validate": "Judge a run's best model on its validation questions.",
-    "test": "Judge a run's best model on its test questions.",
+    "validate": "Judge a run's best model, or --model.encoder, on its validation questions.",
+    "test": "Judge a run's best model, or --model.encoder, on its test questions.",
 }
 _STORIES = 200
 _DESCRIPTION = "Train and judge Q-RAG models: retrieval in several steps, learned from annotations."
@@ -160,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if arguments and arguments[0] in _TRAINING:
+        if arguments and arguments[0] in TRAINING_COMMANDS:
             _training(arguments)
         else:
             _other(arguments)
@@ -188,7 +188,7 @@ def _other(arguments: list[str]) -> None:
             "qrag-train needs jsonargparse; install 'qrag-retriever[train]'."
         ) from error
     commands: dict[str, Any] = {
-        **{name: _overview(text) for name, text in _TRAINING.items()},
+        **{name: _overview(text) for name, text in TRAINING_COMMANDS.items()},
         "evaluate": evaluate,
         "calibrate": calibrate,
         "import": import_checkpoint,

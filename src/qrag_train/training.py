@@ -28,7 +28,8 @@ from qrag_train.callbacks import (
     ProgressBar,
     ProgressLines,
 )
-from qrag_train.checks import check_run, check_same_config
+from qrag_train.checks import check_interval, check_run, check_same_config
+from qrag_train.cli import TRAINING_COMMANDS
 from qrag_train.curves import plot_curves
 from qrag_train.data.datamodule import SupportDataModule
 
@@ -41,11 +42,6 @@ if TYPE_CHECKING:
 
 Preset = Literal["babilong", "hotpotqa", "musique"]
 
-DESCRIPTIONS = {
-    "fit": "Train a model on questions with support annotations.",
-    "validate": "Judge a run's best model, or --model.encoder, on its validation questions.",
-    "test": "Judge a run's best model, or --model.encoder, on its test questions.",
-}
 LOGS = "logs"
 _PRESETS = Path(str(resources.files("qrag_train"))) / "presets"
 _INTERRUPTED = 130
@@ -95,7 +91,7 @@ class TrainingCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The commands, and the arguments of the Trainer's methods that are no options."""
         commands = LightningCLI.subcommands()
-        return {name: commands[name] | {"weights_only"} for name in DESCRIPTIONS}
+        return {name: commands[name] | {"weights_only"} for name in TRAINING_COMMANDS}
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add model and data, then what of the Trainer people set; the rest works unseen."""
@@ -220,6 +216,7 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check the data, and judge the model as it is at the start."""
         check_run(self.datamodule, self.model.budget)
+        check_interval(self.trainer.val_check_interval, self.trainer.max_steps)
         if not self._get(self.config, "resume"):
             if self.trainer.is_global_zero:
                 self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -232,6 +229,7 @@ class TrainingCLI(LightningCLI):
             self.trainer.fit(**kwargs)
         except SystemExit:
             if self.trainer.interrupted:
+                self._draw_curves()
                 print(
                     f"Stopped after update {self.trainer.global_step}; go on with:\n"
                     f"  qrag-train fit --output_dir {shlex.quote(str(self.output_dir))} --resume"
@@ -239,12 +237,16 @@ class TrainingCLI(LightningCLI):
                 raise SystemExit(_INTERRUPTED) from None
             raise
 
+    def _draw_curves(self) -> None:
+        if self.trainer.is_global_zero:
+            plot_curves(self.output_dir / LOGS, self.output_dir / "curves.png")
+
     def after_fit(self) -> None:
         """Judge the last weights, draw the curves and say where all is."""
         if self.best.judged_at != self.trainer.global_step:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero and self.best.score is not None:
-            plot_curves(self.output_dir / LOGS, self.output_dir / "curves.png")
+            self._draw_curves()
             print(
                 f"The best model is in {self.model_folder}: validation Fact-EM "
                 f"{self.best.score[0]:.3f}.\nCurves, logs and the last checkpoint are in "
@@ -277,7 +279,7 @@ def run(
         auto_configure_optimizers=False,
         parser_kwargs={
             name: {"description": text, "usage": f"qrag-train {name} [options]"}
-            for name, text in DESCRIPTIONS.items()
+            for name, text in TRAINING_COMMANDS.items()
         },
         args=_expanded(arguments),
     )

@@ -9,7 +9,7 @@ import pytest
 from tiny import write_questions
 
 from qrag_retriever.errors import ConfigError, DatasetError
-from qrag_train.checks import check_run, check_same_config, check_samples
+from qrag_train.checks import check_interval, check_run, check_same_config, check_samples
 from qrag_train.data.datamodule import SupportDataModule
 from qrag_train.data.sample import SupportSample
 from qrag_train.data.source import SourceConfig
@@ -78,3 +78,17 @@ def test_what_differs_between_two_configs_is_named() -> None:
 def test_a_source_has_what_its_format_needs(format_: str, missing: str) -> None:
     with pytest.raises(DatasetError, match=f"needs '{missing}'"):
         SourceConfig("x.txt", format_)
+
+
+def test_weights_of_a_mixture_are_looked_at(tmp_path: Path) -> None:
+    files = [str(write_questions(tmp_path / f"{i}.jsonl", 3, seed=i)) for i in range(3)]
+    train = [SourceConfig(files[0], weight=1), SourceConfig(files[1])]
+    with pytest.raises(DatasetError, match="Some train sources have a weight"):
+        check_run(SupportDataModule(train=train, val_file=files[2]), budget=1)
+
+
+def test_at_least_one_validation_takes_place() -> None:
+    check_interval(0.1, 5)
+    check_interval(5, 5)
+    with pytest.raises(ConfigError, match="6 is more than the 5 updates"):
+        check_interval(6, 5)

@@ -133,6 +133,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed_by_the_folder_alone(
     assert signal.getsignal(signal.SIGINT) is before
     run = tmp_path / "run"
     assert f"qrag-train fit --output_dir {run} --resume" in capsys.readouterr().out
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 4
     assert main(["fit", "--output_dir", str(run), "--resume"]) == 0
     assert_same_run(run, whole)
@@ -303,6 +304,9 @@ def test_calibrate_writes_the_threshold_into_the_model(
     assert config.training["calibration"]["q_threshold"] == config.q_threshold
     assert f"q_threshold={config.q_threshold:.4f}" in capsys.readouterr().out
     assert config.training["figures"]  # what was known before is kept
+    card = (model / "README.md").read_text(encoding="utf-8")
+    assert f"Stopped below Q = {config.q_threshold:.4f}, of at most 4 chunks" in card
+    assert "2 chunks retrieved for each" in card  # the figures of training are of its own budget
     unreachable = ["--target_em=1.1", "--k=1"]
     assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), *unreachable]) == 1
     assert "target_em=1.1 is not reached" in capsys.readouterr().err

@@ -53,5 +53,8 @@ class Mixture:
 
 def _size(source: SampleSource) -> int:
     if not isinstance(source, Sized):
-        raise DatasetError(f"{type(source).__name__} has no size; give weights to the mixture.")
+        raise DatasetError(
+            f"A {type(source).__name__} without end has no size that tells its share of a mixture; "
+            "give each source a weight."
+        )
     return len(source)
