@@ -15,19 +15,71 @@ from qrag_train.environment import in_state_order
 from qrag_train.metrics import retrieval_metrics, stop_kind, stop_rates
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
     from qrag_retriever.model import QRAGModel
     from qrag_train.data.sample import SupportSample
 
-# Chunks whose embeddings are held at once.
+# Chunks whose embeddings are held at once, and samples that are searched together.
 _MOST_CHUNKS = 200_000
+_MOST_SAMPLES = 64
+
+
+class EmbeddedTexts:
+    """Action embeddings of texts that many searches share, such as a corpus or a background.
+
+    Args:
+        model: The model; its action encoder must not change afterwards.
+        texts: The texts; equal ones are embedded once.
+        show_progress: Show a progress bar.
+
+    Example:
+        >>> model = QRAGModel.from_encoder()  # doctest: +SKIP
+        >>> corpus = EmbeddedTexts(model, ["one chunk", "another"])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model: QRAGModel, texts: Iterable[str] = (), *, show_progress: bool = False
+    ) -> None:
+        self._model = model
+        unique = dict.fromkeys(texts)
+        self._rows = {text: row for row, text in enumerate(unique)}
+        embeddings = model.encode_actions(list(unique), show_progress=show_progress)
+        self._vectors = torch.from_numpy(embeddings).to(model.device)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def actions(self, samples: Sequence[SupportSample]) -> list[Tensor]:
+        """The chunks' embeddings of some samples, ``[n, d]`` each; one for samples on one corpus.
+
+        Texts that are not known are embedded for this call alone.
+        """
+        known, new = self._rows, dict[str, int]()
+        by_corpus: dict[int, Tensor] = {}
+        for sample in samples:
+            if id(sample.chunks) not in by_corpus:
+                for text in sample.chunks:
+                    if text not in known:
+                        new.setdefault(text, len(known) + len(new))
+                rows = [known[text] if text in known else new[text] for text in sample.chunks]
+                by_corpus[id(sample.chunks)] = torch.tensor(rows, device=self._model.device)
+        vectors = self._vectors
+        if new:
+            fresh = torch.from_numpy(self._model.encode_actions(list(new)))
+            vectors = torch.cat([vectors, fresh.to(vectors.device)])
+        for corpus, rows_of in by_corpus.items():
+            by_corpus[corpus] = vectors[rows_of]
+        return [by_corpus[id(sample.chunks)] for sample in samples]
 
 
 def search_samples(
-    model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions
+    model: QRAGModel,
+    samples: Iterable[SupportSample],
+    options: SearchOptions,
+    known: EmbeddedTexts | None = None,
 ) -> list[Beam]:
     """Retrieve for many samples at once, each among its own chunks.
 
@@ -35,13 +87,15 @@ def search_samples(
         model: The model.
         samples: What to search.
         options: How; the same for all.
+        known: Embeddings of this model that need not be made again.
 
     Returns:
         The best trajectory of each sample.
     """
+    known = EmbeddedTexts(model) if known is None else known
     results: list[Beam] = []
-    for group in _groups(samples):
-        results += _search_group(model, group, options)
+    for group in in_groups(samples):
+        results += _search_group(model, group, options, known)
     return results
 
 
@@ -84,18 +138,36 @@ def evaluate(
         ``fact_em``, ``fact_f1``, … as `retrieval_metrics`, ``recall@k`` for 1, 2, … up to the
         budget, and perhaps ``stop_early``, ``stop_perfect`` and ``stop_late``.
     """
-    whole = options
-    if options.beams == 1:  # a threshold only cuts the same trajectory short
-        whole = dataclasses.replace(options, q_threshold=None)
+    greedy = options.beams == 1  # a threshold only cuts the same trajectory short
+    searched = dataclasses.replace(options, q_threshold=None) if greedy else options
+    beams = search_samples(model, samples, searched)
     supports = [sample.support for sample in samples]
-    beams = search_samples(model, samples, whole)
+    return judge(beams, supports, options.k, options.q_threshold if greedy else None)
+
+
+def judge(
+    beams: Sequence[Beam],
+    supports: Sequence[Sequence[int]],
+    k: int,
+    q_threshold: float | None = None,
+) -> dict[str, float]:
+    """Score what searches found (METHOD §5).
+
+    Args:
+        beams: Trajectories of the whole budget.
+        supports: The support of each.
+        k: The budget.
+        q_threshold: Stop each trajectory, which must be greedy, below this Q; adds how often that
+            was early, at the right step, or late (paper App. B).
+
+    Returns:
+        As `evaluate`.
+    """
     paths = [beam.retrieved for beam in beams]
-    found = paths
-    if whole is not options:
-        found = [beam.retrieved[: steps_above(beam, options.q_threshold)] for beam in beams]
-    scores = retrieval_metrics(found, supports, ks=range(1, options.k + 1))
-    if options.q_threshold is not None and options.beams == 1:
-        lengths = [len(chunks) for chunks in found]
+    lengths = [steps_above(beam, q_threshold) for beam in beams]
+    found = [path[:length] for path, length in zip(paths, lengths, strict=True)]
+    scores = retrieval_metrics(found, supports, ks=range(1, k + 1))
+    if q_threshold is not None:
         kinds = [stop_kind(*stop) for stop in zip(lengths, paths, supports, strict=True)]
         scores |= {f"stop_{kind}": share for kind, share in stop_rates(kinds).items()}
     return scores
@@ -116,13 +188,10 @@ def steps_above(beam: Beam, threshold: float | None) -> int:
 
 
 def _search_group(
-    model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions
+    model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions, known: EmbeddedTexts
 ) -> list[Beam]:
-    numbers: dict[str, int] = {}
-    rows = [[numbers.setdefault(t, len(numbers)) for t in s.chunks] for s in samples]
-    vectors = torch.from_numpy(model.encode_actions(list(numbers))).to(model.device)
+    actions = known.actions(samples)
     searches = [Search(len(sample.chunks), options) for sample in samples]
-    actions: dict[int, Tensor] = {}
     while active := [i for i, search in enumerate(searches) if not search.done]:
         paths = [(i, path) for i in active for path in searches[i].states]
         order = model.config.state_order
@@ -136,8 +205,6 @@ def _search_group(
         )
         first = 0
         for i in active:
-            if i not in actions:
-                actions[i] = vectors[torch.tensor(rows[i], device=vectors.device)]
             retrieved = searches[i].states
             last = first + len(retrieved)
             q = score(
@@ -152,13 +219,16 @@ def _search_group(
     return [search.best for search in searches]
 
 
-def _groups(samples: Sequence[SupportSample]) -> Iterator[list[SupportSample]]:
+def in_groups(samples: Iterable[SupportSample]) -> Iterator[list[SupportSample]]:
+    """Samples as many at a time as are searched together: long documents one by one."""
     group: list[SupportSample] = []
     chunks = 0
     for sample in samples:
-        if group and chunks + len(sample.chunks) > _MOST_CHUNKS:
+        too_many = chunks + len(sample.chunks) > _MOST_CHUNKS or len(group) == _MOST_SAMPLES
+        if group and too_many:
             yield group
             group, chunks = [], 0
         group.append(sample)
         chunks += len(sample.chunks)
-    yield group
+    if group:
+        yield group

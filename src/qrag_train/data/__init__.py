@@ -8,6 +8,7 @@ from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.mixture import Mixture
 from qrag_train.data.musique import read_musique
+from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
 from qrag_train.data.simulator import BabiSimulator
 from qrag_train.data.twowiki import read_twowiki, read_twowiki_open
@@ -23,6 +24,7 @@ __all__ = [
     "SampleSource",
     "SupportSample",
     "hide_story",
+    "pooled",
     "read_babi",
     "read_corpus_jsonl",
     "read_documents_jsonl",

@@ -1,0 +1,287 @@
+"""What the benchmarks share: ways to retrieve, searches that are made once, files of results."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import bm25s
+import numpy as np
+import torch
+from machine import report
+from tqdm import tqdm
+
+from qrag_retriever import QRAGModel, SearchOptions
+from qrag_retriever.search import Beam, Pick, best_actions
+from qrag_train.evaluation import EmbeddedTexts, in_groups, judge, search_samples
+from qrag_train.journal import Journal, content_key
+from qrag_train.report import markdown, untrained
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from qrag_train.data import SupportSample
+
+# Questions between two saves.
+_BATCH = 16
+# Rows of a table over thresholds.
+_THRESHOLDS = 31
+
+
+class Found(NamedTuple):
+    """What one search found.
+
+    Attributes:
+        id: Name of the question.
+        question: The question.
+        answer: Its answer, if the data have one.
+        support: The support chunks.
+        retrieved: The chunks retrieved, in order.
+        q_values: Q of each, or another method's score.
+        texts: The chunks' texts.
+    """
+
+    id: str
+    question: str
+    answer: str | None
+    support: list[int]
+    retrieved: list[int]
+    q_values: list[float]
+    texts: list[str]
+
+    @property
+    def beam(self) -> Beam:
+        pairs = zip(self.retrieved, self.q_values, strict=True)
+        return Beam(tuple(Pick(i, chunk, q, ()) for i, (chunk, q) in enumerate(pairs, start=1)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to retrieve.
+
+    Attributes:
+        name: For tables.
+        k: Number of chunks it retrieves.
+        key: Stands for everything else that its results depend on.
+        search: Gives the chunks retrieved for each sample and their scores.
+        q_threshold: Where its model stops; ``None``: never, or it is not greedy.
+        read: Whether a reader answers from what it found.
+    """
+
+    name: str
+    k: int
+    key: str
+    search: Callable[[Sequence[SupportSample]], list[Beam]]
+    q_threshold: float | None = None
+    read: bool = False
+
+
+class Judged:
+    """A model, and the texts that it has embedded already.
+
+    Args:
+        name: Its name in tables.
+        model: The model.
+        texts: Texts that many questions share.
+    """
+
+    def __init__(self, name: str, model: QRAGModel, texts: Iterable[str] = ()) -> None:
+        self.name = name
+        self.model = model
+        self.digest = model_digest(model)
+        self._texts = texts
+        self._known: EmbeddedTexts | None = None
+
+    def steps(self, k: int, beams: int = 1, *, read: bool = False) -> Method:
+        """Retrieval in k steps, greedy or with several beams (paper App. C)."""
+        plan = f", {beams} beams" if beams > 1 else ""
+        threshold = self.model.config.q_threshold if beams == 1 else None
+        options = SearchOptions(k, beams=beams, runners_up=0)
+        return self._method(f"{k} steps{plan}", options, threshold, read)
+
+    def once(self, k: int) -> Method:
+        """Ordinary dense retrieval: the best k chunks of the first step."""
+        options = SearchOptions(k, chunks_per_step=k, runners_up=0)
+        return self._method(f"the best {k} of one step", options)
+
+    def _method(
+        self, name: str, options: SearchOptions, threshold: float | None = None, read: bool = False
+    ) -> Method:
+        def search(samples: Sequence[SupportSample]) -> list[Beam]:
+            if self._known is None:  # not before something is left to measure
+                self._known = EmbeddedTexts(self.model, self._texts, show_progress=True)
+            return search_samples(self.model, samples, options, self._known)
+
+        key = content_key(self.digest, options)
+        return Method(f"{self.name}: {name}", options.k, key, search, threshold, read)
+
+
+def bm25(k: int) -> Method:
+    """The k chunks that BM25 ranks first (Lucene's variant, k1 = 1.5, b = 0.75)."""
+    indexed: list[Any] = [None, None]  # the last corpus and its index
+
+    def search(samples: Sequence[SupportSample]) -> list[Beam]:
+        return [one(sample) for sample in samples]
+
+    def one(sample: SupportSample) -> Beam:
+        if sample.chunks is not indexed[0]:
+            index = bm25s.BM25()
+            index.index(words(sample.chunks), show_progress=False)
+            indexed[:] = sample.chunks, index
+        scores = indexed[1].get_scores(words([sample.question])[0])
+        best = best_actions(scores, min(k, len(scores)))
+        return Beam(tuple(Pick(1, i, float(scores[i]), ()) for i in best))
+
+    return Method("BM25", k, content_key("bm25", bm25s.__version__, k), search)
+
+
+def words(texts: Sequence[str]) -> list[list[str]]:
+    return bm25s.tokenize(list(texts), return_ids=False, show_progress=False)
+
+
+def model_digest(model: QRAGModel) -> str:
+    """Names what decides the order of a model's chunks: weights and settings."""
+    config = model.config.replace(training={}, q_threshold=None, max_steps=1)
+    return content_key(model.fingerprint, model.state_encoder.digest(), config)
+
+
+class Results:
+    """The rows of a benchmark, and the journal of the searches they are made from.
+
+    Args:
+        options: What `add_options` asked for.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.set_num_threads(options.threads)
+        self._options = options
+        self._journal = Journal(options.journal or options.json.with_suffix(".journal.jsonl"))
+        self.rows: list[dict[str, Any]] = []
+
+    def measure(
+        self, method: Method, samples: Iterable[SupportSample], count: int, **row: Any
+    ) -> list[Found]:
+        """Search for all samples, apart from those in the journal, and add a row for the table.
+
+        Args:
+            method: How.
+            samples: What; read once, a few at a time.
+            count: Number of samples.
+            **row: What the row says besides.
+        """
+        found: list[Found] = []
+        with tqdm(total=count, desc=method.name, unit="question", mininterval=1) as bar:
+            for group in in_groups(samples):
+                for first in range(0, len(group), _BATCH):
+                    found += self._found(method, group[first : first + _BATCH])
+                    bar.update(len(found) - bar.n)
+        row["questions"] = len(found)
+        self.rows.append({**row, "retrieval": method.name, **scores(found, method.k)})
+        if method.q_threshold is not None:
+            name = f"{method.name}, until Q < {method.q_threshold:.3f}"
+            stopped = scores(found, method.k, method.q_threshold)
+            self.rows.append({**row, "retrieval": name, **stopped})
+        return found
+
+    def _found(self, method: Method, samples: Sequence[SupportSample]) -> list[Found]:
+        keys = [content_key(method.key, s.question, s.chunks, s.support) for s in samples]
+        journal = self._journal
+        missing = {key: s for key, s in zip(keys, samples, strict=True) if key not in journal}
+        if missing:
+            beams = method.search(list(missing.values()))
+            for (key, sample), beam in zip(missing.items(), beams, strict=True):
+                texts = [sample.chunks[i] for i in beam.retrieved]
+                q_values = [pick.q_value for pick in beam.picks]
+                journal[key] = [list(beam.retrieved), q_values, texts]
+        return [
+            Found(s.id, s.question, s.answer, list(s.support), *journal[key])
+            for key, s in zip(keys, samples, strict=True)
+        ]
+
+    def write(self, models: Sequence[Judged], files: Iterable[Path], **more: Any) -> None:
+        """Write all rows as JSON and as a Markdown table, and show the table.
+
+        Args:
+            models: The models judged; their digests are written down.
+            files: The data; their SHA-256 is.
+            **more: Further figures.
+        """
+        options = self._options
+        report(
+            options.json,
+            options.seed,
+            models={judged.name: judged.digest for judged in models},
+            files={file.name: sha256(file) for file in files},
+            rows=self.rows,
+            **more,
+        )
+        table = markdown(self.rows)
+        options.json.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+        print(table)
+
+
+def scores(found: Sequence[Found], k: int, q_threshold: float | None = None) -> dict[str, float]:
+    """Means over the questions, see `qrag_train.evaluation.judge`."""
+    beams = [one.beam for one in found]
+    values = judge(beams, [one.support for one in found], k, q_threshold)
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def stopping(found: Sequence[Found], k: int) -> list[dict[str, float]]:
+    """Early, perfect and late stops at thresholds from the lowest Q to the highest (App. B)."""
+    q_values = [q for one in found for q in one.q_values]
+    names = ("fact_em", "fact_f1", "steps", "stop_early", "stop_perfect", "stop_late")
+    rows = []
+    for threshold in np.linspace(min(q_values), max(q_values), _THRESHOLDS).tolist():
+        values = scores(found, k, threshold)
+        rows.append({"q_threshold": round(threshold, 4)} | {name: values[name] for name in names})
+    return rows
+
+
+def q_over_steps(found: Sequence[Found], k: int) -> list[dict[str, Any]]:
+    """Mean Q of the chunk taken at each step, while support was missing and afterwards."""
+    rows = []
+    for step in range(k):
+        parts: dict[bool, list[float]] = {False: [], True: []}
+        for one in found:
+            if step < len(one.retrieved):
+                complete = set(one.support) <= set(one.retrieved[:step])
+                parts[complete].append(one.q_values[step])
+        means = {done: round(sum(q) / len(q), 4) if q else None for done, q in parts.items()}
+        row = {"step": step + 1, "missing": means[False], "complete": means[True]}
+        rows.append({**row, "share_complete": round(len(parts[True]) / len(found), 4)})
+    return rows
+
+
+def model_name(path: str) -> str:
+    """The folder's name; of ``runs/mine/model`` that of the run."""
+    parts = Path(path).resolve().parts
+    return parts[-2] if parts[-1] == "model" else parts[-1]
+
+
+def start_of(model: QRAGModel | None, encoder: str | None) -> QRAGModel:
+    """The encoder to compare with: as named, or the model's own before training, or MiniLM."""
+    before = None if model is None or encoder is not None else untrained(model)
+    positions = "none" if model is None else model.config.positions
+    return before or QRAGModel.from_encoder(encoder, positions)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all benchmarks take."""
+    parser.add_argument(
+        "--encoder", help="untrained embedder to compare with; left out: the model's start"
+    )
+    parser.add_argument("--beams", type=int, default=4, help="of Plan Q-RAG")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    parser.add_argument(
+        "--journal", type=Path, help="file of single searches; left out: beside the figures"
+    )
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -1,0 +1,83 @@
+"""Plots of the benchmarks: accuracy over context length, stopping, Q over steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+
+_STOPS = {"stop_early": "too early", "stop_perfect": "at the right step", "stop_late": "too late"}
+
+
+def panels(count: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.5 * count, 3.4), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def save(figure: Figure, json: Path, what: str) -> Path:
+    """Write a picture beside the figures."""
+    file = json.with_name(f"{json.stem}_{what}.png")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    return file
+
+
+def over_length(lines: Mapping[str, Mapping[int, float]], what: str, json: Path) -> Path:
+    """One line for each name: a measure over the number of tokens, on a log axis."""
+    figure, (axis,) = panels(1)
+    for name, points in lines.items():
+        tokens, values = zip(*sorted(points.items()), strict=True)
+        axis.plot(tokens, values, marker="o", markersize=4, label=name)
+    axis.set(xscale="log", xlabel="context length in tokens", ylabel=what, ylim=(0, 1.03))
+    axis.set_xticks(
+        sorted({tokens for points in lines.values() for tokens in points}),
+        [short(t) for t in sorted({t for points in lines.values() for t in points})],
+    )
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    return save(figure, json, "length")
+
+
+def stops(tables: Mapping[str, Sequence[Mapping[str, float]]], json: Path) -> Path:
+    """Shares of early, perfect and late stops over the threshold (paper App. B)."""
+    figure, axes = panels(len(tables))
+    for axis, (name, rows) in zip(axes, tables.items(), strict=True):
+        thresholds = [row["q_threshold"] for row in rows]
+        for key, label in _STOPS.items():
+            axis.plot(thresholds, [row[key] for row in rows], label=label)
+        axis.plot(thresholds, [row["fact_f1"] for row in rows], "k:", label="Fact-F1")
+        axis.set(title=name, xlabel="threshold of Q", ylim=(0, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    return save(figure, json, "stopping")
+
+
+def q_values(tables: Mapping[str, Sequence[Mapping[str, Any]]], json: Path) -> Path:
+    """Mean Q of the chunk taken at each step, before and after all support was found."""
+    figure, axes = panels(len(tables))
+    labels = {"missing": "support still missing", "complete": "all support found before"}
+    for axis, (name, rows) in zip(axes, tables.items(), strict=True):
+        for key, label in labels.items():
+            points = [(row["step"], row[key]) for row in rows if row[key] is not None]
+            steps, values = zip(*points, strict=True) if points else ((), ())
+            axis.plot(steps, values, marker="o", markersize=4, label=label)
+        axis.set(title=name, xlabel="step", ylabel="mean Q of the chunk taken")
+        axis.set_xticks([row["step"] for row in rows])
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize="small")
+    return save(figure, json, "q_values")
+
+
+def short(tokens: int) -> str:
+    """128000 → 128K, 1000000 → 1M; powers of two are counted in 1,024."""
+    for unit, letter in ((1 << 20, "M"), (10**6, "M"), (1 << 10, "K"), (10**3, "K")):
+        if tokens % unit == 0:
+            return f"{tokens // unit}{letter}"
+    return str(tokens)
