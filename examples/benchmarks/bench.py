@@ -80,20 +80,19 @@ class Method:
 
 
 class Judged:
-    """A model, and the texts that it has embedded already.
+    """A model, with the embeddings of texts that recur.
 
     Args:
         name: Its name in tables.
         model: The model.
-        texts: Texts that many questions share.
+        texts: Texts that recur in many questions.
     """
 
     def __init__(self, name: str, model: QRAGModel, texts: Iterable[str] = ()) -> None:
         self.name = name
         self.model = model
         self.digest = model_digest(model)
-        self._texts = texts
-        self._known: EmbeddedTexts | None = None
+        self._embedded = EmbeddedTexts(model, texts)
 
     def steps(self, k: int, beams: int = 1, *, read: bool = False) -> Method:
         """Retrieval in k steps, greedy or with several beams (paper App. C)."""
@@ -111,9 +110,7 @@ class Judged:
         self, name: str, options: SearchOptions, threshold: float | None = None, read: bool = False
     ) -> Method:
         def search(samples: Sequence[SupportSample]) -> list[Beam]:
-            if self._known is None:  # not before something is left to measure
-                self._known = EmbeddedTexts(self.model, self._texts, show_progress=True)
-            return search_samples(self.model, samples, options, self._known)
+            return search_samples(self.model, samples, options, self._embedded)
 
         key = content_key(self.digest, options)
         return Method(f"{self.name}: {name}", options.k, key, search, threshold, read)

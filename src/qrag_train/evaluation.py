@@ -25,54 +25,48 @@ if TYPE_CHECKING:
 # Chunks whose embeddings are held at once, and samples that are searched together.
 _MOST_CHUNKS = 200_000
 _MOST_SAMPLES = 64
+# Embedding more than so many chunks shows its progress.
+_MANY_CHUNKS = 2000
 
 
 class EmbeddedTexts:
-    """Action embeddings of texts that many searches share, such as a corpus or a background.
+    """Action embeddings for searches, kept for texts that recur: of a corpus, of a background.
 
     Args:
         model: The model; its action encoder must not change afterwards.
-        texts: The texts; equal ones are embedded once.
-        show_progress: Show a progress bar.
-
-    Example:
-        >>> model = QRAGModel.from_encoder()  # doctest: +SKIP
-        >>> corpus = EmbeddedTexts(model, ["one chunk", "another"])  # doctest: +SKIP
+        recurring: The texts whose embeddings are kept once they were needed. All others are
+            embedded for one call of `actions` alone.
     """
 
-    def __init__(
-        self, model: QRAGModel, texts: Iterable[str] = (), *, show_progress: bool = False
-    ) -> None:
+    def __init__(self, model: QRAGModel, recurring: Iterable[str] = ()) -> None:
         self._model = model
-        unique = dict.fromkeys(texts)
-        self._rows = {text: row for row, text in enumerate(unique)}
-        embeddings = model.encode_actions(list(unique), show_progress=show_progress)
-        self._vectors = torch.from_numpy(embeddings).to(model.device)
-
-    def __len__(self) -> int:
-        return len(self._rows)
+        self._recurring = frozenset(recurring)
+        self._rows: dict[str, int] = {}
+        self._vectors = torch.empty(0, model.dimension, device=model.device)
 
     def actions(self, samples: Sequence[SupportSample]) -> list[Tensor]:
-        """The chunks' embeddings of some samples, ``[n, d]`` each; one for samples on one corpus.
+        """Embeddings of the chunks of samples, ``[n, d]`` each; one for samples on one corpus."""
+        corpora = {id(sample.chunks): sample.chunks for sample in samples}
+        texts = dict.fromkeys(text for chunks in corpora.values() for text in chunks)
+        missing = [text for text in texts if text not in self._rows]
+        lasting = [text for text in missing if text in self._recurring]
+        self._rows, self._vectors = self._with(lasting)
+        rows, vectors = self._with([text for text in missing if text not in self._recurring])
+        numbers = {name: [rows[text] for text in chunks] for name, chunks in corpora.items()}
+        actions = {
+            name: vectors[torch.tensor(some, device=vectors.device)]
+            for name, some in numbers.items()
+        }
+        return [actions[id(sample.chunks)] for sample in samples]
 
-        Texts that are not known are embedded for this call alone.
-        """
-        known, new = self._rows, dict[str, int]()
-        by_corpus: dict[int, Tensor] = {}
-        for sample in samples:
-            if id(sample.chunks) not in by_corpus:
-                for text in sample.chunks:
-                    if text not in known:
-                        new.setdefault(text, len(known) + len(new))
-                rows = [known[text] if text in known else new[text] for text in sample.chunks]
-                by_corpus[id(sample.chunks)] = torch.tensor(rows, device=self._model.device)
-        vectors = self._vectors
-        if new:
-            fresh = torch.from_numpy(self._model.encode_actions(list(new)))
-            vectors = torch.cat([vectors, fresh.to(vectors.device)])
-        for corpus, rows_of in by_corpus.items():
-            by_corpus[corpus] = vectors[rows_of]
-        return [by_corpus[id(sample.chunks)] for sample in samples]
+    def _with(self, texts: Sequence[str]) -> tuple[dict[str, int], Tensor]:
+        if not texts:
+            return self._rows, self._vectors
+        show = len(texts) >= _MANY_CHUNKS
+        fresh = torch.from_numpy(self._model.encode_actions(texts, show_progress=show))
+        start = len(self._vectors)
+        rows = self._rows | {text: start + i for i, text in enumerate(texts)}
+        return rows, torch.cat([self._vectors, fresh.to(self._vectors.device)])
 
 
 def search_samples(

@@ -9,8 +9,10 @@ from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.mixture import Mixture
 from qrag_train.data.musique import read_musique
 from qrag_train.data.passages import pooled
+from qrag_train.data.ruler import Ruler, read_words
 from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
 from qrag_train.data.simulator import BabiSimulator
+from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki, read_twowiki_open
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "CandidateSets",
     "FixedSamples",
     "Mixture",
+    "Ruler",
     "SampleList",
     "SampleSource",
     "SupportSample",
@@ -30,7 +33,9 @@ __all__ = [
     "read_documents_jsonl",
     "read_hotpotqa",
     "read_musique",
+    "read_squad",
     "read_twowiki",
     "read_twowiki_open",
+    "read_words",
     "split_sentences",
 ]
