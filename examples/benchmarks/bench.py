@@ -94,10 +94,13 @@ class Judged:
         self.digest = model_digest(model)
         self._embedded = EmbeddedTexts(model, texts)
 
-    def steps(self, k: int, beams: int = 1, *, read: bool = False) -> Method:
+    def steps(
+        self, k: int, beams: int = 1, q_threshold: float | None = None, *, read: bool = False
+    ) -> Method:
         """Retrieval in k steps, greedy or with several beams (paper App. C)."""
         plan = f", {beams} beams" if beams > 1 else ""
-        threshold = self.model.config.q_threshold if beams == 1 else None
+        own = self.model.config.q_threshold if q_threshold is None else q_threshold
+        threshold = own if beams == 1 else None
         options = SearchOptions(k, beams=beams, runners_up=0)
         return self._method(f"{k} steps{plan}", options, threshold, read)
 
@@ -158,16 +161,13 @@ class Results:
         self._journal = Journal(options.journal or options.json.with_suffix(".journal.jsonl"))
         self.rows: list[dict[str, Any]] = []
 
-    def measure(
-        self, method: Method, samples: Iterable[SupportSample], count: int, **row: Any
-    ) -> list[Found]:
-        """Search for all samples, apart from those in the journal, and add a row for the table.
+    def search(self, method: Method, samples: Iterable[SupportSample], count: int) -> list[Found]:
+        """Search for all samples, apart from those in the journal.
 
         Args:
             method: How.
             samples: What; read once, a few at a time.
             count: Number of samples.
-            **row: What the row says besides.
         """
         found: list[Found] = []
         with tqdm(total=count, desc=method.name, unit="question", mininterval=1) as bar:
@@ -175,6 +175,13 @@ class Results:
                 for first in range(0, len(group), _BATCH):
                     found += self._found(method, group[first : first + _BATCH])
                     bar.update(len(found) - bar.n)
+        return found
+
+    def measure(
+        self, method: Method, samples: Iterable[SupportSample], count: int, **row: Any
+    ) -> list[Found]:
+        """`search`, and add a row for the table, which says ``row`` besides."""
+        found = self.search(method, samples, count)
         row["questions"] = len(found)
         self.rows.append({**row, "retrieval": method.name, **scores(found, method.k)})
         if method.q_threshold is not None:
@@ -253,6 +260,19 @@ def q_over_steps(found: Sequence[Found], k: int) -> list[dict[str, Any]]:
     return rows
 
 
+def length_options(parser: argparse.ArgumentParser) -> None:
+    """Add what benchmarks of long texts take."""
+    parser.add_argument("--background", type=Path, required=True, help="folder of unseen books")
+    parser.add_argument("--count", type=int, default=200, help="questions of each length")
+    parser.add_argument(
+        "--baselines-to",
+        type=int,
+        default=32_768,
+        metavar="TOKENS",
+        help="greatest length at which BM25 and the untrained encoder, which are slow, are judged",
+    )
+
+
 def model_name(path: str) -> str:
     """The folder's name; of ``runs/mine/model`` that of the run."""
     parts = Path(path).resolve().parts
@@ -271,7 +291,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", help="untrained embedder to compare with; left out: the model's start"
     )
-    parser.add_argument("--beams", type=int, default=4, help="of Plan Q-RAG")
+    parser.add_argument("--beams", type=int, default=4, help="of Plan Q-RAG; 1: leave it out")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from matplotlib.axes import Axes
+
+# for each name the value at each number of tokens
+Lines = Mapping[str, Mapping[int, float]]
 
 _STOPS = {"stop_early": "too early", "stop_perfect": "at the right step", "stop_late": "too late"}
 
@@ -28,20 +32,19 @@ def save(figure: Figure, json: Path, what: str) -> Path:
     return file
 
 
-def over_length(lines: Mapping[str, Mapping[int, float]], what: str, json: Path) -> Path:
-    """One line for each name: a measure over the number of tokens, on a log axis."""
-    figure, (axis,) = panels(1)
-    for name, points in lines.items():
-        tokens, values = zip(*sorted(points.items()), strict=True)
-        axis.plot(tokens, values, marker="o", markersize=4, label=name)
-    axis.set(xscale="log", xlabel="context length in tokens", ylabel=what, ylim=(0, 1.03))
-    axis.set_xticks(
-        sorted({tokens for points in lines.values() for tokens in points}),
-        [short(t) for t in sorted({t for points in lines.values() for t in points})],
-    )
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
-    axis.legend(fontsize="small")
+def over_length(tables: Mapping[str, Lines], json: Path) -> Path:
+    """A panel for each measure, a line for each name: over the number of tokens, on a log axis."""
+    figure, axes = panels(len(tables))
+    for axis, (measure, lines) in zip(axes, tables.items(), strict=True):
+        lengths = sorted({tokens for points in lines.values() for tokens in points})
+        for name, points in lines.items():
+            tokens, values = zip(*sorted(points.items()), strict=True)
+            axis.plot(tokens, values, marker="o", markersize=4, label=name)
+        axis.set(xscale="log", xlabel="context length in tokens", ylabel=measure, ylim=(0, 1.03))
+        axis.set_xticks(lengths, [short(tokens) for tokens in lengths])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
     return save(figure, json, "length")
 
 

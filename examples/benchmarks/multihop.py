@@ -71,8 +71,9 @@ def main() -> None:
     stops, q_values = {}, {}
     for name, samples, k, shared in sets:
         greedy = [model.steps(k, read=not shared) for model in models]
-        others = [way for model in models for way in (model.steps(k, options.beams), model.once(k))]
-        for method in [*greedy, *others, before.steps(k), before.once(k), bm25(k)]:
+        plans = [model.steps(k, options.beams) for model in models if options.beams > 1]
+        once = [model.once(k) for model in models]
+        for method in [*greedy, *plans, *once, before.steps(k), before.once(k), bm25(k)]:
             found = results.measure(method, samples, len(samples), data=name)
             if method in greedy and not shared:
                 stops[f"{name}\n{method.name}"] = stopping(found, k)

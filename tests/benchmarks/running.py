@@ -9,19 +9,31 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path += [str(ROOT / "examples" / "benchmarks"), str(ROOT / "tests" / "qrag_train")]
+from qrag_retriever import QRAGModel
+from qrag_train.scratch import ScratchConfig, make_encoder
 
-from tiny import COLOURS, THINGS, tiny_model  # noqa: E402
+COLOURS = ("red", "blue", "green", "black", "white")
+THINGS = ("cup", "hat", "key", "book", "lamp", "coin")
+SENTENCES = [f"the {colour} {thing} fell." for colour in COLOURS for thing in THINGS]
 
 
-def save_model(tmp_path: Path) -> Path:
+def save_model(tmp_path: Path, positions: str = "none", texts: tuple[str, ...] = ()) -> Path:
     """The folder of a model that says what it was trained from, as qrag-train's do."""
-    made = tiny_model(tmp_path / "encoder", "none", scale=0.2)
-    start = {"encoder": str(tmp_path / "encoder"), "scratch": None, "settings": {"scale": 0.2}}
+    config = ScratchConfig(layers=1, dimension=32, heads=2, vocabulary=300, max_tokens=256)
+    made = make_encoder(tmp_path / "encoder", [*SENTENCES, *texts, "where is"], config)
+    start = {"encoder": str(made), "scratch": None, "settings": {"scale": 0.2}}
     training = {"settings": {"model": start}}
-    made.config = made.config.replace(training=training, q_threshold=0.5)
-    return made.save_pretrained(tmp_path / "runs" / "mine" / "model")
+    model = QRAGModel.from_encoder(
+        made, positions, device="cpu", scale=0.2, max_steps=2, training=training, q_threshold=0.5
+    )
+    return model.save_pretrained(tmp_path / "runs" / "mine" / "model")
+
+
+def write_books(tmp_path: Path) -> Path:
+    folder = tmp_path / "books"
+    folder.mkdir()
+    (folder / "book.txt").write_text(" ".join(text.capitalize() for text in SENTENCES))
+    return folder
 
 
 def write_hotpotqa(tmp_path: Path) -> Path:

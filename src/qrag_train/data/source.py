@@ -92,7 +92,7 @@ class SourceConfig:
                 background = thinned(background, self.background_sentences)
             if self.format == "ruler":
                 return self._ruler(background)
-            return BabiLong(self._stories(), background, self.sentences)
+            return BabiLong(stories(self.file), background, self.sentences)
         return _READERS[self.format](self.file)
 
     @property
@@ -109,13 +109,19 @@ class SourceConfig:
         words = [] if self.words is None else read_words(self.words)
         return Ruler(task, self.tokens, background, words=words, questions=questions)
 
-    def _stories(self) -> SampleSource:
-        if self.is_file:
-            return read_babi(self.file)
-        task = self.file.removeprefix(_SIMULATED)
-        if not task.isdecimal():
-            raise DatasetError(f"{self.file!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5.")
-        return BabiSimulator(int(task))
+
+def stories(name: str) -> SampleSource:
+    """BAbI's stories: of a file, or without end where the name is ``simulated:1`` and so on.
+
+    Raises:
+        DatasetError: If the file cannot be read, or there is no such task.
+    """
+    if not name.startswith(_SIMULATED):
+        return read_babi(name)
+    task = name.removeprefix(_SIMULATED)
+    if not task.isdecimal():
+        raise DatasetError(f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5.")
+    return BabiSimulator(int(task))
 
 
 def looked_at(source: SampleSource) -> Sequence[SupportSample]:

@@ -4,12 +4,11 @@ import json
 import math
 from itertools import pairwise
 
+import bench
+import multihop
 import numpy as np
 import pytest
-from running import run, save_model, write_hotpotqa  # first: it makes the benchmarks importable
-
-import bench  # isort: skip
-import multihop  # isort: skip
+from running import run, save_model, write_hotpotqa
 
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_train.data import SupportSample, pooled, read_hotpotqa
