@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"))
     add_story_options(parser)
     options = parser.parse_args()
-    results = Results(options)
+    results = Results(options, "babilong")
     told = read_stories(options)
     background = BackgroundText.from_folder(options.background)
     rows = []

@@ -53,7 +53,7 @@ _CALIBRATED = 200  # longer documents take their time
 
 def main() -> None:
     options = parse()
-    results = Results(options)
+    results = Results(options, "babilong")
     told = read_stories(options)
     background = BackgroundText.from_folder(options.background)
     runs, models = [], []
@@ -115,7 +115,7 @@ def judge(
     if not chosen:
         raise SystemExit(f"Give a length of at most {_CALIBRATED}, to choose the threshold on.")
     threshold = choose_threshold([f.beam for f in chosen], [f.support for f in chosen]).q_threshold
-    method = model.steps(budget, q_threshold=threshold)
+    method = model.steps(budget, q_threshold=threshold, read=True)
     rows = []
     for length in options.lengths:
         documents = Documents(told[1::2], background, length, options)

@@ -15,15 +15,18 @@ from machine import report
 from tqdm import tqdm
 
 from qrag_retriever import QRAGModel, SearchOptions
+from qrag_retriever.errors import ReaderError
 from qrag_retriever.search import Beam, Pick, best_actions
-from qrag_train.evaluation import EmbeddedTexts, in_groups, judge, search_samples
+from qrag_train.evaluation import EmbeddedTexts, in_groups, judge, search_samples, steps_above
 from qrag_train.journal import Journal, content_key
+from qrag_train.reading import Reader, Task, openai_compatible
 from qrag_train.report import markdown, untrained
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from qrag_train.data import SupportSample
+    from qrag_train.reading import Benchmark
 
 # Questions between two saves.
 _BATCH = 16
@@ -56,6 +59,12 @@ class Found(NamedTuple):
     def beam(self) -> Beam:
         pairs = zip(self.retrieved, self.q_values, strict=True)
         return Beam(tuple(Pick(i, chunk, q, ()) for i, (chunk, q) in enumerate(pairs, start=1)))
+
+    def task(self, q_threshold: float | None) -> Task:
+        """The question for a reader, with the chunks above a threshold."""
+        pairs = list(zip(self.retrieved, self.texts, strict=True))
+        passages = [text for _, text in sorted(pairs[: steps_above(self.beam, q_threshold)])]
+        return Task(self.question, passages, str(self.answer))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +162,16 @@ class Results:
 
     Args:
         options: What `add_options` asked for.
+        benchmark: Whose prompt a reader gets.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, benchmark: Benchmark) -> None:
         torch.set_num_threads(options.threads)
         self._options = options
         self._journal = Journal(options.journal or options.json.with_suffix(".journal.jsonl"))
+        self._benchmark = benchmark
         self.rows: list[dict[str, Any]] = []
+        self._to_read: list[tuple[dict[str, Any], list[Task]]] = []
 
     def search(self, method: Method, samples: Iterable[SupportSample], count: int) -> list[Found]:
         """Search for all samples, apart from those in the journal.
@@ -188,6 +200,10 @@ class Results:
             name = f"{method.name}, until Q < {method.q_threshold:.3f}"
             stopped = scores(found, method.k, method.q_threshold)
             self.rows.append({**row, "retrieval": name, **stopped})
+        if method.read:
+            answered = [one for one in found if one.answer is not None]
+            tasks = [one.task(method.q_threshold) for one in answered]
+            self._to_read.append((self.rows[-1], tasks))
         return found
 
     def _found(self, method: Method, samples: Sequence[SupportSample]) -> list[Found]:
@@ -206,7 +222,7 @@ class Results:
         ]
 
     def write(self, models: Sequence[Judged], files: Iterable[Path], **more: Any) -> None:
-        """Write all rows as JSON and as a Markdown table, and show the table.
+        """Write all rows as JSON and as a Markdown table, then with the reader's answers.
 
         Args:
             models: The models judged; their digests are written down.
@@ -214,17 +230,26 @@ class Results:
             **more: Further figures.
         """
         options = self._options
-        report(
-            options.json,
-            options.seed,
-            models={judged.name: judged.digest for judged in models},
-            files={file.name: sha256(file) for file in files},
-            rows=self.rows,
-            **more,
-        )
+        more["models"] = {judged.name: judged.digest for judged in models}
+        more["files"] = {file.name: sha256(file) for file in files}
+        self._write(more)
+        if options.reader is not None:
+            llm = openai_compatible(options.reader_url, options.reader)
+            reader = Reader(llm, f"{options.reader} at {options.reader_url}", self._journal)
+            try:
+                for row, tasks in self._to_read:
+                    row.update(reader.scores(self._benchmark, tasks))
+            except ReaderError as error:
+                raise SystemExit(f"error: {error}") from error
+            finally:
+                self._write(more)
+        print(markdown(self.rows))
+
+    def _write(self, more: dict[str, Any]) -> None:
+        options = self._options
+        report(options.json, options.seed, rows=self.rows, **more)
         table = markdown(self.rows)
         options.json.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
-        print(table)
 
 
 def scores(found: Sequence[Found], k: int, q_threshold: float | None = None) -> dict[str, float]:
@@ -292,6 +317,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--encoder", help="untrained embedder to compare with; left out: the model's start"
     )
     parser.add_argument("--beams", type=int, default=4, help="of Plan Q-RAG; 1: leave it out")
+    parser.add_argument("--reader", help="LLM that answers from what was found; left out: none")
+    parser.add_argument("--reader-url", help="its address, such as http://localhost:8000/v1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, help="file for the figures")

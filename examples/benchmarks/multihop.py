@@ -62,7 +62,7 @@ class Questions(NamedTuple):
 
 def main() -> None:
     options = parse()
-    results = Results(options)
+    results = Results(options, "multihop")
     sets = list(question_sets(options))
     texts = [chunk for s in sets for sample in s.samples for chunk in sample.chunks]
     models = [Judged(model_name(p), QRAGModel.from_pretrained(p), texts) for p in options.models]

@@ -47,7 +47,7 @@ STEPS = {**dict.fromkeys(NEEDLES, 4), "vt": 5, "qa_1": 2, "qa_2": 2}
 
 def main() -> None:
     options = parse()
-    results = Results(options)
+    results = Results(options, "ruler")
     background = BackgroundText.from_folder(options.background)
     words = read_words(options.words)
     questions = {

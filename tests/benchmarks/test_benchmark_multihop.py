@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from running import run, save_model, write_hotpotqa
 
+from llm_server import llm_server
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_train.data import SupportSample, pooled, read_hotpotqa
 from qrag_train.evaluation import search_samples
 from qrag_train.metrics import fact_scores
+from qrag_train.reading import Task, prompt
 
 METHODS = [
     "mine: 2 steps",
@@ -113,3 +115,35 @@ def test_a_model_is_told_apart_by_what_decides_its_ranking(tmp_path):
     loaded.config = loaded.config.replace(state_order="document")
     assert bench.model_digest(loaded) != digest
     assert bench.model_name(str(model)) == "mine"
+
+
+def test_a_reader_answers_from_what_was_found(tmp_path, monkeypatch):
+    model, hotpotqa = save_model(tmp_path), write_hotpotqa(tmp_path)
+    file = tmp_path / "m.json"
+    arguments = [model, "--hotpotqa", hotpotqa, "--beams", 1, "--json", file, "--reader", "tiny"]
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with llm_server() as server:
+        gone = server.url
+    with pytest.raises(SystemExit, match=r"error: The reader tiny at .* answered 0 of 3"):
+        run(multihop, *arguments, "--reader-url", gone)
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 12  # nothing of the retrieval is lost
+    assert not any("answer_em" in row for row in rows)
+
+    monkeypatch.setattr(bench, "search_samples", None)  # and nothing is retrieved again
+    with llm_server() as server:
+        run(multihop, *arguments, "--reader-url", server.url)
+        asked = list(server.asked)
+    written = json.loads(file.read_text())["rows"]
+    answered = [row for row in written if "answer_em" in row]
+    assert [row["retrieval"] for row in answered] == ["mine: 2 steps, until Q < 0.500"]
+    assert [{k: v for k, v in row.items() if "answer" not in k} for row in written] == rows
+    assert "answer EM" in file.with_suffix(".md").read_text()
+    # the passages are those found before Q fell below the threshold, in the document's order
+    loaded = QRAGModel.from_pretrained(model, device="cpu")
+    samples = read_hotpotqa(hotpotqa)
+    beams = search_samples(loaded, samples, SearchOptions(2, q_threshold=0.5))
+    assert asked == [
+        prompt("multihop", Task(s.question, [s.chunks[i] for i in sorted(b.retrieved)], ""))
+        for s, b in zip(samples, beams, strict=True)
+    ]
