@@ -31,10 +31,8 @@ from bench import (
     add_options,
     bm25,
     length_options,
-    q_over_steps,
     scores,
     start_of,
-    stopping,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -132,9 +130,9 @@ def judge(
             "with_threshold": {name: stopped[name] for name in ("fact_em", "fact_f1", "steps")},
         }
         rows.append(figures_)
-    last = {"stopping": stopping(found, budget), "q_over_steps": q_over_steps(found, budget)}
+        results.follow(f"{run.name}, {length} sentences", found, budget)
     about = {"run": run.name, **training(run), "budget": budget}
-    return {**about, "q_threshold": round(threshold, 4), "figures": rows, **last}, model
+    return {**about, "q_threshold": round(threshold, 4), "figures": rows}, model
 
 
 class Documents:
@@ -214,14 +212,12 @@ def training(run: Path) -> dict[str, Any]:
 
 
 def plot(runs: Sequence[dict[str, Any]], json: Path) -> None:
-    """Draw accuracy over length, and for the longest documents stopping and Q over steps."""
+    """Draw accuracy over length."""
     em, f1 = (
         {row["run"]: {tokens_of(f["sentences"]): value(f) for f in row["figures"]} for row in runs}
         for value in (lambda f: f["fact_em"], lambda f: f["with_threshold"]["fact_f1"])
     )
     figures.over_length({"Fact-EM": em, "Fact-F1 with threshold": f1}, json)
-    figures.stops({row["run"]: row["stopping"] for row in runs}, json)
-    figures.q_values({row["run"]: row["q_over_steps"] for row in runs}, json)
 
 
 def show(row: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import bm25s
+import figures
 import numpy as np
 import torch
 from machine import report
@@ -171,6 +172,8 @@ class Results:
         self._journal = Journal(options.journal or options.json.with_suffix(".journal.jsonl"))
         self._benchmark = benchmark
         self.rows: list[dict[str, Any]] = []
+        self._stopping: dict[str, list[dict[str, float]]] = {}
+        self._q_over_steps: dict[str, list[dict[str, Any]]] = {}
         self._to_read: list[tuple[dict[str, Any], list[Task]]] = []
 
     def search(self, method: Method, samples: Iterable[SupportSample], count: int) -> list[Found]:
@@ -221,8 +224,13 @@ class Results:
             for key, s in zip(keys, samples, strict=True)
         ]
 
+    def follow(self, name: str, found: Sequence[Found], k: int) -> None:
+        """Add what greedy searches tell of stopping (paper App. B) and of Q over the steps."""
+        self._stopping[name] = stopping(found, k)
+        self._q_over_steps[name] = q_over_steps(found, k)
+
     def write(self, models: Sequence[Judged], files: Iterable[Path], **more: Any) -> None:
-        """Write all rows as JSON and as a Markdown table, then with the reader's answers.
+        """Write everything as JSON, Markdown tables and plots; then with the reader's answers.
 
         Args:
             models: The models judged; their digests are written down.
@@ -232,7 +240,11 @@ class Results:
         options = self._options
         more["models"] = {judged.name: judged.digest for judged in models}
         more["files"] = {file.name: sha256(file) for file in files}
+        more |= {"stopping": self._stopping, "q_over_steps": self._q_over_steps}
         self._write(more)
+        if self._stopping:
+            figures.stops(self._stopping, options.json)
+            figures.q_values(self._q_over_steps, options.json)
         if options.reader is not None:
             llm = openai_compatible(options.reader_url, options.reader)
             reader = Reader(llm, f"{options.reader} at {options.reader_url}", self._journal)
@@ -248,8 +260,9 @@ class Results:
     def _write(self, more: dict[str, Any]) -> None:
         options = self._options
         report(options.json, options.seed, rows=self.rows, **more)
-        table = markdown(self.rows)
-        options.json.with_suffix(".md").write_text(table + "\n", encoding="utf-8")
+        parts = [markdown(self.rows)]
+        parts += [f"{name}\n\n{markdown(rows)}" for name, rows in self._stopping.items()]
+        options.json.with_suffix(".md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def scores(found: Sequence[Found], k: int, q_threshold: float | None = None) -> dict[str, float]:

@@ -19,9 +19,17 @@ Lines = Mapping[str, Mapping[int, float]]
 _STOPS = {"stop_early": "too early", "stop_perfect": "at the right step", "stop_late": "too late"}
 
 
+_COLUMNS = 4
+
+
 def panels(count: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.5 * count, 3.4), layout="constrained")
-    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+    columns = min(count, _COLUMNS)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(4.5 * columns, 3.4 * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.remove()
+    return figure, axes[:count]
 
 
 def save(figure: Figure, json: Path, what: str) -> Path:
@@ -56,7 +64,8 @@ def stops(tables: Mapping[str, Sequence[Mapping[str, float]]], json: Path) -> Pa
         for key, label in _STOPS.items():
             axis.plot(thresholds, [row[key] for row in rows], label=label)
         axis.plot(thresholds, [row["fact_f1"] for row in rows], "k:", label="Fact-F1")
-        axis.set(title=name, xlabel="threshold of Q", ylim=(0, 1.03))
+        axis.set_title(name.replace("; ", "\n"), fontsize="medium")
+        axis.set(xlabel="threshold of Q", ylim=(0, 1.03))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     return save(figure, json, "stopping")
@@ -71,7 +80,8 @@ def q_values(tables: Mapping[str, Sequence[Mapping[str, Any]]], json: Path) -> P
             points = [(row["step"], row[key]) for row in rows if row[key] is not None]
             steps, values = zip(*points, strict=True) if points else ((), ())
             axis.plot(steps, values, marker="o", markersize=4, label=label)
-        axis.set(title=name, xlabel="step", ylabel="mean Q of the chunk taken")
+        axis.set_title(name.replace("; ", "\n"), fontsize="medium")
+        axis.set(xlabel="step", ylabel="mean Q of the chunk taken")
         axis.set_xticks([row["step"] for row in rows])
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")

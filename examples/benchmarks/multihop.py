@@ -18,16 +18,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import figures
 from bench import (
     Judged,
     Results,
     add_options,
     bm25,
     model_name,
-    q_over_steps,
     start_of,
-    stopping,
 )
 
 from qrag_retriever import QRAGModel
@@ -68,7 +65,6 @@ def main() -> None:
     models = [Judged(model_name(p), QRAGModel.from_pretrained(p), texts) for p in options.models]
     trained = models[0].model if models else None
     before = Judged("untrained", start_of(trained, options.encoder), texts)
-    stops, q_values = {}, {}
     for name, samples, k, shared in sets:
         greedy = [model.steps(k, read=not shared) for model in models]
         plans = [model.steps(k, options.beams) for model in models if options.beams > 1]
@@ -76,12 +72,8 @@ def main() -> None:
         for method in [*greedy, *plans, *once, before.steps(k), before.once(k), bm25(k)]:
             found = results.measure(method, samples, len(samples), data=name)
             if method in greedy and not shared:
-                stops[f"{name}\n{method.name}"] = stopping(found, k)
-                q_values[f"{name}\n{method.name}"] = q_over_steps(found, k)
-    results.write([*models, before], options.files, stopping=stops, q_over_steps=q_values)
-    if stops:
-        figures.stops(stops, options.json)
-        figures.q_values(q_values, options.json)
+                results.follow(f"{name}; {method.name}", found, k)
+    results.write([*models, before], options.files)
 
 
 def question_sets(options: argparse.Namespace) -> Iterator[Questions]:

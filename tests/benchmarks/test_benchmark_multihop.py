@@ -62,13 +62,16 @@ def test_rows_files_and_resuming(tmp_path, monkeypatch):
     assert set(written["models"]) == {"mine", "untrained"}
     assert written["machine"]["torch"]
     assert len(written["files"]["hotpot.json"]) == 64
-    assert json_file.with_suffix(".md").read_text().count("\n") == len(rows) + 2
+    tables = json_file.with_suffix(".md").read_text().split("\n\n")
+    assert len(tables[0].splitlines()) == len(rows) + 2
+    assert tables[1] == "HotpotQA, 6 candidates; mine: 2 steps"
+    assert tables[2].startswith("| threshold | Fact-EM | Fact-F1 | steps | early | perfect | late")
     for picture in ("m_stopping.png", "m_q_values.png"):
         assert (json_file.parent / picture).read_bytes().startswith(b"\x89PNG")
-    table = written["stopping"]["HotpotQA, 6 candidates\nmine: 2 steps"]
+    table = written["stopping"]["HotpotQA, 6 candidates; mine: 2 steps"]
     assert table[0]["steps"] == 2.0  # no Q is below the lowest
     assert all(a["steps"] >= b["steps"] for a, b in pairwise(table))
-    steps = written["q_over_steps"]["HotpotQA, 6 candidates\nmine: 2 steps"]
+    steps = written["q_over_steps"]["HotpotQA, 6 candidates; mine: 2 steps"]
     assert [step["share_complete"] for step in steps] == [0.0, 0.0]  # two facts take two steps
 
     def refuse(*_: object) -> None:
