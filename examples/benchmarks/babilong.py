@@ -64,7 +64,7 @@ def main() -> None:
     baselines(max(r["budget"] for r in runs), before, told, background, options, results)
     files = [Path(options.questions)] if Path(options.questions).exists() else []
     results.write([*models, before], files, questions=Path(options.questions).name, runs=runs)
-    plot(runs, options.json)
+    plot(results.rows, options.json)
 
 
 def parse() -> argparse.Namespace:
@@ -211,13 +211,15 @@ def training(run: Path) -> dict[str, Any]:
     }
 
 
-def plot(runs: Sequence[dict[str, Any]], json: Path) -> None:
+def plot(rows: Sequence[dict[str, Any]], json: Path) -> None:
     """Draw accuracy over length."""
-    em, f1 = (
-        {row["run"]: {tokens_of(f["sentences"]): value(f) for f in row["figures"]} for row in runs}
-        for value in (lambda f: f["fact_em"], lambda f: f["with_threshold"]["fact_f1"])
-    )
-    figures.over_length({"Fact-EM": em, "Fact-F1 with threshold": f1}, json)
+    panels: dict[str, dict[str, dict[int, float]]] = {"Fact-EM": {}, "Fact-F1 with threshold": {}}
+    for row in rows:
+        stopped = "stop_late" in row
+        measure, name = list(panels)[stopped], "fact_f1" if stopped else "fact_em"
+        points = panels[measure].setdefault(row["retrieval"], {})
+        points[tokens_of(row["sentences"])] = row[name]
+    figures.over_length(panels, json)
 
 
 def show(row: dict[str, Any]) -> None:

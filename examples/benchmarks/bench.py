@@ -329,7 +329,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", help="untrained embedder to compare with; left out: the model's start"
     )
-    parser.add_argument("--beams", type=int, default=4, help="of Plan Q-RAG; 1: leave it out")
     parser.add_argument("--reader", help="LLM that answers from what was found; left out: none")
     parser.add_argument("--reader-url", help="its address, such as http://localhost:8000/v1")
     parser.add_argument("--threads", type=int, default=1)

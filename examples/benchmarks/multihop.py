@@ -109,6 +109,7 @@ def parse() -> argparse.Namespace:
         metavar=("PASSAGES", "QUESTIONS"),
         help="pooled corpus of 2WikiMultiHopQA, and questions on it",
     )
+    parser.add_argument("--beams", type=int, default=4, help="of Plan Q-RAG; 1: leave it out")
     parser.add_argument("--count", type=int, help="most questions of a file; left out: all")
     add_options(parser)
     return parser.parse_args()

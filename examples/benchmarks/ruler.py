@@ -74,7 +74,7 @@ def main() -> None:
 
 def methods(k: int, models: Sequence[Judged], before: Judged, baselines: bool) -> list[Method]:
     """The ways to retrieve that are compared."""
-    trained = [way for m in models for way in (m.steps(k, read=True), m.once(k))]
+    trained = [model.steps(k, read=True) for model in models]
     return [*trained, *([before.steps(k), before.once(k), bm25(k)] if baselines else [])]
 
 

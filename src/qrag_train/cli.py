@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qrag_retriever.errors import MissingDependencyError, QRAGError
+from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample
 from qrag_train.data.source import Format, SourceConfig
 
@@ -123,6 +124,7 @@ def read_questions(
     tokens: list[int] | None = None,
     words: str | None = None,
     questions: str | None = None,
+    pool: bool = False,
     samples: int | None = None,
 ) -> dict[str, Sequence[SupportSample]]:
     """Questions to judge a model on, by a name for each set.
@@ -139,6 +141,7 @@ def read_questions(
         tokens: For ruler: lengths of the text in tokens, such as [4096,32768].
         words: For ruler's needles: a file with a word a line.
         questions: For ruler:qa_1 a file of SQuAD's shape, for ruler:qa_2 of HotpotQA's.
+        pool: Search the chunks of all questions of the file, not each question's own.
         samples: Number of questions; left out: all, or 200 for babilong and ruler.
 
     Raises:
@@ -154,7 +157,7 @@ def read_questions(
     else:
         source = SourceConfig(data, **common).open()
         assert isinstance(source, Sequence)
-        return {name: source[:samples]}
+        return {name: (pooled(source) if pool else source)[:samples]}
     found: dict[str, Sequence[SupportSample]] = {}
     for length in lengths:
         made = SourceConfig(data, **{**common, unit: (length, length)}).open()
