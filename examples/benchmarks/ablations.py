@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from babilong import add_story_options, judge, read_stories, show
+from babilong import add_story_options, judge, load, show, tasks
 from bench import Results
 from machine import report
 from torch import Tensor
@@ -97,14 +97,15 @@ def main() -> None:
     add_story_options(parser)
     options = parser.parse_args()
     results = Results(options, "babilong")
-    told = read_stories(options)
+    (task,) = tasks(options)
     background = BackgroundText.from_folder(options.background)
     rows = []
     for variant in options.variants:
         folder = options.folder / variant.replace(" ", "_")
         if not (folder / "curves.png").exists():
             train(variant, folder, options)
-        row = {"variant": variant, **judge(folder, told, background, options, results)[0]}
+        model = load(folder, background)
+        row = {"variant": variant, **judge(folder, model, task, background, options, results)}
         rows.append(row)
         print(variant, end=" | ")
         show(row)

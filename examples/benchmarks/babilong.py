@@ -3,12 +3,12 @@
     python examples/benchmarks/babilong.py runs/babilong_qa1 --questions VALID.txt \
         --background BOOKS --lengths 50 160 1200 4600 40000 400000 --json FILE
 
-Half of the questions choose the threshold, in documents of up to 200 sentences, the other half
-judge; each stands in a document of its own from books that training did not see. ``simulated:1``
-to ``simulated:5`` in place of a file makes up questions. Those whose story alone is longer than a
-document are left out and counted. Where the run chose its best model on the same file, as the
-configs here do, the figures are a little flattering. The minutes of training are those between its
-first and its last validation.
+Half of the questions choose the threshold, in documents of up to 200 sentences, unless the model
+brings its own; the other half judge, each in a document of its own from books that training did
+not see. Several files are several tasks; ``simulated:1`` to ``simulated:5`` make up questions.
+Those whose story alone is longer than a document are left out and counted. Where the run chose its
+best model on the same file, as the configs here do, the figures are a little flattering. The
+minutes of training are those between its first and its last validation.
 
 The books are embedded once, and documents are made one after the other: 400,000 sentences, ten
 million tokens, take the memory of their embeddings. What was measured is kept in a journal beside
@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import figures
 import numpy as np
@@ -31,6 +31,7 @@ from bench import (
     add_options,
     bm25,
     length_options,
+    model_name,
     scores,
     start_of,
 )
@@ -46,24 +47,40 @@ if TYPE_CHECKING:
 
 # METHOD: of the released code
 TOKENS = {50: 1_000, 160: 4_000, 1_200: 32_000, 4_600: 128_000, 40_000: 10**6, 400_000: 10**7}
-_CALIBRATED = 200  # longer documents take their time
+_CALIBRATED = 200
+
+
+class Task(NamedTuple):
+    """A task of bAbI.
+
+    Attributes:
+        name: ``qa1`` and so on.
+        file: The file of its questions, or what they are made by.
+        k: Budget T; ``None``: the model's own.
+        stories: Its questions: every other one helps to choose a threshold, the rest judge.
+    """
+
+    name: str
+    file: str
+    k: int | None
+    stories: Sequence[SupportSample]
 
 
 def main() -> None:
     options = parse()
     results = Results(options, "babilong")
-    told = read_stories(options)
     background = BackgroundText.from_folder(options.background)
-    runs, models = [], []
-    for run in options.runs:
-        row, model = judge(run, told, background, options, results)
-        runs.append(row)
-        models.append(model)
-        show(row)
+    models = [load(run, background) for run in options.runs]
     before = Judged("untrained", start_of(models[0].model, options.encoder), background.sentences)
-    baselines(max(r["budget"] for r in runs), before, told, background, options, results)
-    files = [Path(options.questions)] if Path(options.questions).exists() else []
-    results.write([*models, before], files, questions=Path(options.questions).name, runs=runs)
+    runs = []
+    for task in tasks(options):
+        for run, model in zip(options.runs, models, strict=True):
+            runs.append(judge(run, model, task, background, options, results))
+            show(runs[-1])
+        baselines(runs[-1]["budget"], before, task, background, options, results)
+    files = [Path(file) for file in options.questions if Path(file).exists()]
+    names = ", ".join(Path(file).name for file in options.questions)
+    results.write([*models, before], files, questions=names, runs=runs)
     plot(results.rows, options.json)
 
 
@@ -77,62 +94,91 @@ def parse() -> argparse.Namespace:
 def add_story_options(parser: argparse.ArgumentParser) -> None:
     """Add what `judge` needs."""
     parser.add_argument(
-        "--questions", required=True, help="bAbI file of unseen stories, or simulated:1 …"
+        "--questions",
+        nargs="+",
+        required=True,
+        help="bAbI files of unseen stories, one a task, or simulated:1 …",
     )
+    parser.add_argument("--k", type=int, nargs="+", help="budget of each; left out: the model's")
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1200])
     length_options(parser)
     add_options(parser)
 
 
-def read_stories(options: argparse.Namespace) -> Sequence[SupportSample]:
-    """All stories of the file, or as many simulated ones as both halves take."""
-    source = stories(options.questions)
-    if isinstance(source, Sequence):
-        return source
-    return list(FixedSamples(source, 2 * options.count, options.seed))
+def tasks(options: argparse.Namespace) -> list[Task]:
+    """The tasks asked for, with all stories of a file, or as many as both halves take."""
+    budgets = options.k or [None] * len(options.questions)
+    if len(budgets) != len(options.questions):
+        raise SystemExit(f"Give --k once for each of {len(options.questions)} --questions.")
+    found = []
+    for file, k in zip(options.questions, budgets, strict=True):
+        source = stories(file)
+        if not isinstance(source, Sequence):
+            source = list(FixedSamples(source, 2 * options.count, options.seed))
+        found.append(Task(Path(file).stem.partition("_")[0], file, k, source))
+    return found
+
+
+def load(run: Path, background: BackgroundText) -> Judged:
+    """The model of a run, or in a folder of its own."""
+    folder = run / "model" if (run / "model").is_dir() else run
+    return Judged(model_name(str(folder)), QRAGModel.from_pretrained(folder), background.sentences)
 
 
 def judge(
     run: Path,
-    told: Sequence[SupportSample],
+    model: Judged,
+    task: Task,
     background: BackgroundText,
     options: argparse.Namespace,
     results: Results,
-) -> tuple[dict[str, Any], Judged]:
-    """The figures of one run, and its model."""
-    folder = run / "model" if (run / "model").is_dir() else run
-    loaded = QRAGModel.from_pretrained(folder)
-    model = Judged(run.name, loaded, background.sentences)
-    budget = loaded.config.max_steps
-    method = model.steps(budget)
-    chosen = []
-    for length in options.lengths:
-        if length <= _CALIBRATED:
-            documents = Documents(told[::2], background, length, options)
-            chosen += results.search(method, documents, len(documents))
-    if not chosen:
-        raise SystemExit(f"Give a length of at most {_CALIBRATED}, to choose the threshold on.")
-    threshold = choose_threshold([f.beam for f in chosen], [f.support for f in chosen]).q_threshold
-    method = model.steps(budget, q_threshold=threshold, read=True)
+) -> dict[str, Any]:
+    """The figures of one run on one task."""
+    config = model.model.config
+    k, threshold = task.k or config.max_steps, config.q_threshold
+    if threshold is None:
+        threshold = choose(model, k, task, background, options, results)
+    method = model.steps(k, q_threshold=threshold, read=True)
     rows = []
     for length in options.lengths:
-        documents = Documents(told[1::2], background, length, options)
+        documents = Documents(task.stories[1::2], background, length, options)
+        data = f"{task.name}, {length} sentences"
         found = results.measure(
-            method, documents, len(documents), data=f"{length} sentences", sentences=length
+            method, documents, len(documents), data=data, task=task.name, sentences=length
         )
-        whole, stopped = scores(found, budget), scores(found, budget, threshold)
-        figures_ = {
-            "sentences": length,
-            "questions": len(found),
-            "left_out": documents.left_out,
-            "fact_em": whole["fact_em"],
-            "fact_f1": whole["fact_f1"],
-            "with_threshold": {name: stopped[name] for name in ("fact_em", "fact_f1", "steps")},
-        }
-        rows.append(figures_)
-        results.follow(f"{run.name}, {length} sentences", found, budget)
-    about = {"run": run.name, **training(run), "budget": budget}
-    return {**about, "q_threshold": round(threshold, 4), "figures": rows}, model
+        whole, stopped = scores(found, k), scores(found, k, threshold)
+        rows.append(
+            {
+                "sentences": length,
+                "questions": len(found),
+                "left_out": documents.left_out,
+                "fact_em": whole["fact_em"],
+                "with_threshold": {n: stopped[n] for n in ("fact_em", "fact_f1", "steps")},
+            }
+        )
+    results.follow(f"{data}; {model.name}", found, k)
+    about = {"run": model.name, "task": task.name, **training(run), "budget": k}
+    return {**about, "q_threshold": round(threshold, 4), "figures": rows}
+
+
+def choose(
+    model: Judged,
+    k: int,
+    task: Task,
+    background: BackgroundText,
+    options: argparse.Namespace,
+    results: Results,
+) -> float:
+    """The threshold of best Fact-F1 in short documents with the first half of the questions."""
+    found = []
+    for length in options.lengths:
+        if length <= _CALIBRATED:  # longer ones take their time
+            documents = Documents(task.stories[::2], background, length, options)
+            found += results.search(model.steps(k), documents, len(documents))
+    if not found:
+        raise SystemExit(f"Give a length of at most {_CALIBRATED}, to choose the threshold on.")
+    beams, supports = [one.beam for one in found], [one.support for one in found]
+    return choose_threshold(beams, supports).q_threshold
 
 
 class Documents:
@@ -177,7 +223,7 @@ class Documents:
 def baselines(
     budget: int,
     before: Judged,
-    told: Sequence[SupportSample],
+    task: Task,
     background: BackgroundText,
     options: argparse.Namespace,
     results: Results,
@@ -185,10 +231,11 @@ def baselines(
     """The same questions by an untrained encoder and BM25, in documents that are not too long."""
     for length in options.lengths:
         if tokens_of(length) <= options.baselines_to:
-            documents = Documents(told[1::2], background, length, options)
+            documents = Documents(task.stories[1::2], background, length, options)
+            data = f"{task.name}, {length} sentences"
             for method in (before.steps(budget), before.once(budget), bm25(budget)):
                 results.measure(
-                    method, documents, len(documents), data=f"{length} sentences", sentences=length
+                    method, documents, len(documents), data=data, task=task.name, sentences=length
                 )
 
 
@@ -217,7 +264,7 @@ def plot(rows: Sequence[dict[str, Any]], json: Path) -> None:
     for row in rows:
         stopped = "stop_late" in row
         measure, name = list(panels)[stopped], "fact_f1" if stopped else "fact_em"
-        points = panels[measure].setdefault(row["retrieval"], {})
+        points = panels[measure].setdefault(f"{row['task']}, {row['retrieval']}", {})
         points[tokens_of(row["sentences"])] = row[name]
     figures.over_length(panels, json)
 
@@ -229,7 +276,8 @@ def show(row: dict[str, Any]) -> None:
         if "updates" in row
         else ""
     )
-    print(f"{row['run']}: {trained}threshold {row['q_threshold']}")
+    task = f", {row['task']}" if "task" in row else ""
+    print(f"{row['run']}{task}: {trained}threshold {row['q_threshold']}")
     for figure in row["figures"]:
         stopped = figure["with_threshold"]
         print(

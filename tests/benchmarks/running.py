@@ -17,14 +17,25 @@ THINGS = ("cup", "hat", "key", "book", "lamp", "coin")
 SENTENCES = [f"the {colour} {thing} fell." for colour in COLOURS for thing in THINGS]
 
 
-def save_model(tmp_path: Path, positions: str = "none", texts: tuple[str, ...] = ()) -> Path:
+def save_model(
+    tmp_path: Path,
+    positions: str = "none",
+    texts: tuple[str, ...] = (),
+    q_threshold: float | None = 0.5,
+) -> Path:
     """The folder of a model that says what it was trained from, as qrag-train's do."""
     config = ScratchConfig(layers=1, dimension=32, heads=2, vocabulary=300, max_tokens=256)
     made = make_encoder(tmp_path / "encoder", [*SENTENCES, *texts, "where is"], config)
     start = {"encoder": str(made), "scratch": None, "settings": {"scale": 0.2}}
     training = {"settings": {"model": start}}
     model = QRAGModel.from_encoder(
-        made, positions, device="cpu", scale=0.2, max_steps=2, training=training, q_threshold=0.5
+        made,
+        positions,
+        device="cpu",
+        scale=0.2,
+        max_steps=2,
+        training=training,
+        q_threshold=q_threshold,
     )
     return model.save_pretrained(tmp_path / "runs" / "mine" / "model")
 

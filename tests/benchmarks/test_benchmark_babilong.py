@@ -28,7 +28,7 @@ def obvious(half: list, background: BackgroundText, length: int, count: int) -> 
 
 
 def test_figures_of_a_run(tmp_path):
-    model = save_model(tmp_path, "relative", TEXTS)
+    model = save_model(tmp_path, "relative", TEXTS, None)
     books, file = write_books(tmp_path), tmp_path / "out" / "b.json"
     arguments = [
         *(model.parent, "--questions", "simulated:1", "--background", books, "--count", 4),
@@ -54,12 +54,12 @@ def test_figures_of_a_run(tmp_path):
         for name in ("fact_em", "fact_f1", "steps"):
             assert figure["with_threshold"][name] == pytest.approx(stopped[name], abs=1e-4)
     ways = [(r["data"], r["retrieval"]) for r in written["rows"]]
-    assert [way for data, way in ways if data == "12 sentences"][-3:] == [
+    assert [way for data, way in ways if data == "simulated:1, 12 sentences"][-3:] == [
         "untrained: 2 steps",
         "untrained: the best 2 of one step",
         "BM25",
     ]
-    assert not any("untrained" in way for data, way in ways if data == "60 sentences")
+    assert not any("untrained" in way for data, way in ways if data == "simulated:1, 60 sentences")
     for picture in ("length", "stopping", "q_values"):
         assert (file.parent / f"b_{picture}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -80,12 +80,30 @@ def test_documents_are_the_same_whenever_read():
 
 
 def test_a_threshold_needs_short_documents(tmp_path):
-    model = save_model(tmp_path, "relative", TEXTS)
+    model = save_model(tmp_path, "relative", TEXTS, None)
     with pytest.raises(SystemExit, match="at most 200"):
         run(
             *(babilong, model, "--questions", "simulated:1", "--count", 2, "--lengths", 300),
             *("--background", write_books(tmp_path), "--json", tmp_path / "b.json"),
         )
+
+
+def test_several_tasks_budgets_and_a_threshold_of_ones_own(tmp_path):
+    model = save_model(tmp_path, "relative", TEXTS)
+    arguments = [
+        *(model, "--questions", "simulated:1", "simulated:4", "--background"),
+        *(write_books(tmp_path), "--count", 2, "--lengths", 210, "--json", tmp_path / "b.json"),
+    ]
+    run(babilong, *arguments, "--k", 1, 3)
+    written = json.loads((tmp_path / "b.json").read_text())
+    first, second = written["runs"]
+    assert (first["task"], first["budget"], first["q_threshold"]) == ("simulated:1", 1, 0.5)
+    assert (second["task"], second["budget"]) == ("simulated:4", 3)
+    ways = {(row["task"], row["retrieval"]) for row in written["rows"]}
+    assert ("simulated:4", "untrained: 3 steps") in ways
+    assert ("simulated:1", "mine: 1 steps, until Q < 0.500") in ways
+    with pytest.raises(SystemExit, match="once for each of 2"):
+        run(babilong, *arguments, "--k", 1)
 
 
 def test_published_results_are_read_as_they_were():
