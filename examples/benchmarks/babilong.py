@@ -113,9 +113,9 @@ def tasks(options: argparse.Namespace) -> list[Task]:
     found = []
     for file, k in zip(options.questions, budgets, strict=True):
         source = stories(file)
-        if not isinstance(source, Sequence):
-            source = list(FixedSamples(source, 2 * options.count, options.seed))
-        found.append(Task(Path(file).stem.partition("_")[0], file, k, source))
+        endless = not isinstance(source, Sequence)
+        told = FixedSamples(source, 2 * options.count, options.seed) if endless else source
+        found.append(Task(Path(file).stem.partition("_")[0], file, k, list(told)))
     return found
 
 

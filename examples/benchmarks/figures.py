@@ -89,8 +89,9 @@ def q_values(tables: Mapping[str, Sequence[Mapping[str, Any]]], json: Path) -> P
 
 
 def short(tokens: int) -> str:
-    """128000 → 128K, 1000000 → 1M; powers of two are counted in 1,024."""
-    for unit, letter in ((1 << 20, "M"), (10**6, "M"), (1 << 10, "K"), (10**3, "K")):
-        if tokens % unit == 0:
-            return f"{tokens // unit}{letter}"
+    """128000 → 128K, 1000000 → 1M; powers of two are counted in 1,024: 131072 → 128K."""
+    unit = 1000 if tokens & (tokens - 1) else 1024
+    for power, letter in ((2, "M"), (1, "K")):
+        if tokens % unit**power == 0:
+            return f"{tokens // unit**power}{letter}"
     return str(tokens)
