@@ -171,6 +171,7 @@ class Results:
         self._options = options
         self._journal = Journal(options.journal or options.json.with_suffix(".journal.jsonl"))
         self._benchmark = benchmark
+        self._corpus: tuple[tuple[str, ...], str] = ((), "")
         self.rows: list[dict[str, Any]] = []
         self._stopping: dict[str, list[dict[str, float]]] = {}
         self._q_over_steps: dict[str, list[dict[str, Any]]] = {}
@@ -210,7 +211,10 @@ class Results:
         return found
 
     def _found(self, method: Method, samples: Sequence[SupportSample]) -> list[Found]:
-        keys = [content_key(method.key, s.question, s.chunks, s.support) for s in samples]
+        keys = [
+            content_key(method.key, s.question, self._corpus_key(s.chunks), s.support)
+            for s in samples
+        ]
         journal = self._journal
         missing = {key: s for key, s in zip(keys, samples, strict=True) if key not in journal}
         if missing:
@@ -223,6 +227,11 @@ class Results:
             Found(s.id, s.question, s.answer, list(s.support), *journal[key])
             for key, s in zip(keys, samples, strict=True)
         ]
+
+    def _corpus_key(self, chunks: tuple[str, ...]) -> str:
+        if chunks is not self._corpus[0]:  # many questions may share one large corpus
+            self._corpus = chunks, content_key(chunks)
+        return self._corpus[1]
 
     def follow(self, name: str, found: Sequence[Found], k: int) -> None:
         """Add what greedy searches tell of stopping (paper App. B) and of Q over the steps."""

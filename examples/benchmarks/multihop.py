@@ -61,7 +61,8 @@ def main() -> None:
     options = parse()
     results = Results(options, "multihop")
     sets = list(question_sets(options))
-    texts = [chunk for s in sets for sample in s.samples for chunk in sample.chunks]
+    corpora = {id(sample.chunks): sample.chunks for s in sets for sample in s.samples}
+    texts = {chunk for chunks in corpora.values() for chunk in chunks}
     models = [Judged(model_name(p), QRAGModel.from_pretrained(p), texts) for p in options.models]
     trained = models[0].model if models else None
     before = Judged("untrained", start_of(trained, options.encoder), texts)

@@ -218,11 +218,11 @@ def in_groups(samples: Iterable[SupportSample]) -> Iterator[list[SupportSample]]
     group: list[SupportSample] = []
     chunks = 0
     for sample in samples:
-        too_many = chunks + len(sample.chunks) > _MOST_CHUNKS or len(group) == _MOST_SAMPLES
-        if group and too_many:
+        same_corpus = bool(group) and sample.chunks is group[-1].chunks
+        chunks += 0 if same_corpus else len(sample.chunks)
+        if group and (chunks > _MOST_CHUNKS or len(group) == _MOST_SAMPLES):
             yield group
-            group, chunks = [], 0
+            group, chunks = [], len(sample.chunks)
         group.append(sample)
-        chunks += len(sample.chunks)
     if group:
         yield group

@@ -151,3 +151,6 @@ def test_groups_hold_no_more_than_fits_and_everything() -> None:
     assert [len(sample.chunks) for group in groups for sample in group] == sizes
     assert [len(group) for group in groups] == [3, 1, 1, 64, 6]
     assert list(evaluation.in_groups([])) == []
+    corpus = ("a",) * 150_000
+    shared = [SupportSample("", "?", corpus, (0,)) for _ in range(5)]
+    assert [len(group) for group in evaluation.in_groups([*shared, *samples[:2]])] == [6, 1]
