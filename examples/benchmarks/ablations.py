@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from babilong import add_story_options, judge, load, show, tasks
-from bench import Results
+from babilong import add_story_options, judge, show, tasks
+from bench import Results, load
 from machine import report
 from torch import Tensor
 
@@ -104,7 +104,7 @@ def main() -> None:
         folder = options.folder / variant.replace(" ", "_")
         if not (folder / "curves.png").exists():
             train(variant, folder, options)
-        model = load(folder, background)
+        model = load(folder, background.sentences)
         row = {"variant": variant, **judge(folder, model, task, background, options, results)}
         rows.append(row)
         print(variant, end=" | ")

@@ -31,13 +31,12 @@ from bench import (
     add_options,
     bm25,
     length_options,
-    model_name,
+    load,
     scores,
     start_of,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qrag_retriever import QRAGModel
 from qrag_train.calibration import choose_threshold
 from qrag_train.data import BackgroundText, FixedSamples, SupportSample, hide_story
 from qrag_train.data.source import stories
@@ -70,7 +69,7 @@ def main() -> None:
     options = parse()
     results = Results(options, "babilong")
     background = BackgroundText.from_folder(options.background)
-    models = [load(run, background) for run in options.runs]
+    models = [load(run, background.sentences) for run in options.runs]
     before = Judged("untrained", start_of(models[0].model, options.encoder), background.sentences)
     runs = []
     for task in tasks(options):
@@ -117,12 +116,6 @@ def tasks(options: argparse.Namespace) -> list[Task]:
         told = FixedSamples(source, 2 * options.count, options.seed) if endless else source
         found.append(Task(Path(file).stem.partition("_")[0], file, k, list(told)))
     return found
-
-
-def load(run: Path, background: BackgroundText) -> Judged:
-    """The model of a run, or in a folder of its own."""
-    folder = run / "model" if (run / "model").is_dir() else run
-    return Judged(model_name(str(folder)), QRAGModel.from_pretrained(folder), background.sentences)
 
 
 def judge(

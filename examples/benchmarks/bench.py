@@ -320,10 +320,12 @@ def length_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def model_name(path: str) -> str:
-    """The folder's name; of ``runs/mine/model`` that of the run."""
-    parts = Path(path).resolve().parts
-    return parts[-2] if parts[-1] == "model" else parts[-1]
+def load(path: Path, texts: Iterable[str]) -> Judged:
+    """A model, or that of a run of qrag-train; a run gives its name to its model."""
+    path = path.resolve()
+    folder = path / "model" if (path / "model").is_dir() else path
+    name = folder.parent.name if folder.name == "model" else folder.name
+    return Judged(name, QRAGModel.from_pretrained(folder), texts)
 
 
 def start_of(model: QRAGModel | None, encoder: str | None) -> QRAGModel:

@@ -23,11 +23,10 @@ from bench import (
     Results,
     add_options,
     bm25,
-    model_name,
+    load,
     start_of,
 )
 
-from qrag_retriever import QRAGModel
 from qrag_train.data import (
     SampleList,
     pooled,
@@ -63,7 +62,7 @@ def main() -> None:
     sets = list(question_sets(options))
     corpora = {id(sample.chunks): sample.chunks for s in sets for sample in s.samples}
     texts = {chunk for chunks in corpora.values() for chunk in chunks}
-    models = [Judged(model_name(p), QRAGModel.from_pretrained(p), texts) for p in options.models]
+    models = [load(path, texts) for path in options.models]
     trained = models[0].model if models else None
     before = Judged("untrained", start_of(trained, options.encoder), texts)
     for name, samples, k, shared in sets:
@@ -100,7 +99,7 @@ def on_corpus(name: str, samples: SampleList) -> Questions:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", help="folders of Q-RAG models")
+    parser.add_argument("models", nargs="*", type=Path, help="folders of Q-RAG models or of runs")
     for name in READERS:
         parser.add_argument(f"--{name.lower()}", type=Path, help=f"official file of {name}")
     parser.add_argument(

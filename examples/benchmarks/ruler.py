@@ -24,11 +24,10 @@ from bench import (
     add_options,
     bm25,
     length_options,
-    model_name,
+    load,
     start_of,
 )
 
-from qrag_retriever import QRAGModel
 from qrag_train.data import (
     BackgroundText,
     FixedSamples,
@@ -55,7 +54,7 @@ def main() -> None:
         "qa_2": read_hotpotqa(options.hotpotqa) if options.hotpotqa else (),
     }
     texts = background.sentences
-    models = [Judged(model_name(p), QRAGModel.from_pretrained(p), texts) for p in options.models]
+    models = [load(path, texts) for path in options.models]
     trained = models[0].model if models else None
     before = Judged("untrained", start_of(trained, options.encoder), texts)
     tasks = [task for task in options.tasks if questions.get(task, True)]
@@ -117,7 +116,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> dict[str, figures.Lines]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", help="folders of Q-RAG models")
+    parser.add_argument("models", nargs="*", type=Path, help="folders of Q-RAG models or of runs")
     parser.add_argument("--words", type=Path, required=True, help="file with a word a line")
     parser.add_argument("--squad", type=Path, help="file in SQuAD's shape, for qa_1")
     parser.add_argument("--hotpotqa", type=Path, help="file in HotpotQA's shape, for qa_2")

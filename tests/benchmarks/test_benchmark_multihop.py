@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import pairwise
 
 import bench
@@ -117,7 +118,14 @@ def test_a_model_is_told_apart_by_what_decides_its_ranking(tmp_path):
     assert bench.model_digest(loaded) == digest
     loaded.config = loaded.config.replace(state_order="document")
     assert bench.model_digest(loaded) != digest
-    assert bench.model_name(str(model)) == "mine"
+
+
+def test_a_model_is_named_after_its_run(tmp_path):
+    model = save_model(tmp_path)
+    other = model.parent / "other"
+    shutil.copytree(model, other)
+    names = [bench.load(path, []).name for path in (model, model.parent, other)]
+    assert names == ["mine", "mine", "other"]
 
 
 def test_a_reader_answers_from_what_was_found(tmp_path, monkeypatch):
