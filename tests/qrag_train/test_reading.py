@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +46,12 @@ class FromLlamaIndex(CustomLLM):
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request) as reply:
-            answer = json.load(reply)["choices"][0]["message"]["content"]
+        try:
+            with urllib.request.urlopen(request) as reply:
+                answer = json.load(reply)["choices"][0]["message"]["content"]
+        except urllib.error.HTTPError as error:
+            error.close()
+            raise
         return CompletionResponse(text=answer)
 
     def stream_complete(self, prompt: str, formatted: bool = False, **_: Any) -> Any:
