@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from babilong import add_options, judge, show
+from babilong import add_story_options, judge, show, tasks
+from bench import Results, load
 from machine import report
 from torch import Tensor
 
 from qrag_train.build import build_module
-from qrag_train.data import BackgroundText, read_babi
+from qrag_train.data import BackgroundText
 from qrag_train.rollout import EpisodeStream
 from qrag_train.texts import TextTable
 from qrag_train.training import run
@@ -93,22 +94,22 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=800)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--folder", type=Path, default=Path("runs/ablations"))
-    add_options(parser)
+    add_story_options(parser)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    stories = read_babi(options.questions)
+    results = Results(options, "babilong")
+    (task,) = tasks(options)
     background = BackgroundText.from_folder(options.background)
     rows = []
     for variant in options.variants:
         folder = options.folder / variant.replace(" ", "_")
         if not (folder / "curves.png").exists():
             train(variant, folder, options)
-        row = {"variant": variant, **judge(folder, stories, background, options)}
+        model = load(folder, background.sentences)
+        row = {"variant": variant, **judge(folder, model, task, background, options, results)}
         rows.append(row)
         print(variant, end=" | ")
         show(row)
-        if options.json:
-            report(options.json, options.seed, config=options.config.name, variants=rows)
+        report(options.json, options.seed, config=options.config.name, variants=rows)
 
 
 def train(variant: str, folder: Path, options: argparse.Namespace) -> None:

@@ -1,127 +1,245 @@
 """Judge BabiLong models trained with qrag-train: Fact-EM, and Fact-F1 with a calibrated threshold.
 
     python examples/benchmarks/babilong.py runs/babilong_qa1 --questions VALID.txt \
-        --background BOOKS --json FILE
+        --background BOOKS --lengths 50 160 1200 4600 40000 400000 --json FILE
 
-Half of the questions choose the threshold, the other half judge; each stands in a document of its
-own from books that training did not see. Questions whose story alone is longer than a document are
-left out and counted. Where the run chose its best model on the same file, as the configs here do,
-the figures are a little flattering. The minutes of training are those between its first and its
-last validation.
+Half of the questions choose the threshold, in documents of up to 200 sentences, unless the model
+brings its own; the other half judge, each in a document of its own from books that training did
+not see. Several files are several tasks; ``simulated:1`` to ``simulated:5`` make up questions.
+Those whose story alone is longer than a document are left out and counted. Where the run chose its
+best model on the same file, as the configs here do, the figures are a little flattering. The
+minutes of training are those between its first and its last validation.
+
+The books are embedded once, and documents are made one after the other: 400,000 sentences, ten
+million tokens, take the memory of their embeddings. What was measured is kept in a journal beside
+the figures: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import figures
 import numpy as np
-import torch
 import yaml
-from machine import report
+from bench import (
+    Judged,
+    Results,
+    add_options,
+    bm25,
+    length_options,
+    load,
+    scores,
+    start_of,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qrag_retriever import QRAGModel, SearchOptions
-from qrag_train.calibration import calibrate
-from qrag_train.data import BackgroundText, SupportSample, hide_story, read_babi
-from qrag_train.evaluation import search_samples, steps_above
-from qrag_train.metrics import retrieval_metrics
+from qrag_train.calibration import choose_threshold
+from qrag_train.data import BackgroundText, FixedSamples, SupportSample, hide_story
+from qrag_train.data.source import stories
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# METHOD: of the released code
+TOKENS = {50: 1_000, 160: 4_000, 1_200: 32_000, 4_600: 128_000, 40_000: 10**6, 400_000: 10**7}
+_CALIBRATED = 200
+
+
+class Task(NamedTuple):
+    """A task of bAbI.
+
+    Attributes:
+        name: ``qa1`` and so on.
+        file: The file of its questions, or what they are made by.
+        k: Budget T; ``None``: the model's own.
+        stories: Its questions: every other one helps to choose a threshold, the rest judge.
+    """
+
+    name: str
+    file: str
+    k: int | None
+    stories: Sequence[SupportSample]
 
 
 def main() -> None:
     options = parse()
-    torch.set_num_threads(options.threads)
-    stories = read_babi(options.questions)
+    results = Results(options, "babilong")
     background = BackgroundText.from_folder(options.background)
-    rows = []
-    for run in options.runs:
-        row = judge(run, stories, background, options)
-        rows.append(row)
-        show(row)
-    if options.json:
-        report(options.json, options.seed, questions=options.questions.name, runs=rows)
+    models = [load(run, background.sentences) for run in options.runs]
+    before = Judged("untrained", start_of(models[0].model, options.encoder), background.sentences)
+    runs = []
+    for task in tasks(options):
+        for run, model in zip(options.runs, models, strict=True):
+            runs.append(judge(run, model, task, background, options, results))
+            show(runs[-1])
+        baselines(runs[-1]["budget"], before, task, background, options, results)
+    files = [Path(file) for file in options.questions if Path(file).exists()]
+    names = ", ".join(Path(file).name for file in options.questions)
+    results.write([*models, before], files, questions=names, runs=runs)
+    plot(results.rows, options.json)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of qrag-train fit")
-    add_options(parser)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of qrag-train fit, or models")
+    add_story_options(parser)
     return parser.parse_args()
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def add_story_options(parser: argparse.ArgumentParser) -> None:
     """Add what `judge` needs."""
-    parser.add_argument("--questions", type=Path, required=True, help="bAbI file of unseen stories")
-    parser.add_argument("--background", type=Path, required=True, help="folder of unseen books")
+    parser.add_argument(
+        "--questions",
+        nargs="+",
+        required=True,
+        help="bAbI files of unseen stories, one a task, or simulated:1 …",
+    )
+    parser.add_argument("--k", type=int, nargs="+", help="budget of each; left out: the model's")
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1200])
-    parser.add_argument("--count", type=int, default=200, help="questions of each length")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    length_options(parser)
+    add_options(parser)
+
+
+def tasks(options: argparse.Namespace) -> list[Task]:
+    """The tasks asked for, with all stories of a file, or as many as both halves take."""
+    budgets = options.k or [None] * len(options.questions)
+    if len(budgets) != len(options.questions):
+        raise SystemExit(f"Give --k once for each of {len(options.questions)} --questions.")
+    found = []
+    for file, k in zip(options.questions, budgets, strict=True):
+        source = stories(file)
+        endless = not isinstance(source, Sequence)
+        told = FixedSamples(source, 2 * options.count, options.seed) if endless else source
+        found.append(Task(Path(file).stem.partition("_")[0], file, k, list(told)))
+    return found
 
 
 def judge(
-    run: Path, stories: list[SupportSample], background: BackgroundText, options: argparse.Namespace
+    run: Path,
+    model: Judged,
+    task: Task,
+    background: BackgroundText,
+    options: argparse.Namespace,
+    results: Results,
 ) -> dict[str, Any]:
-    """The figures of one run."""
-    model = QRAGModel.from_pretrained(run / "model", device="cpu")
-    budget = model.config.max_steps
-    halves = stories[::2], stories[1::2]
-    chosen = calibrate(
-        model,
-        [
-            sample
-            for length in options.lengths
-            if length <= 200  # longer ones take their time
-            for sample in hidden(halves[0], background, length, options)[0]
-        ],
-    )
-    figures = []
+    """The figures of one run on one task."""
+    config = model.model.config
+    k, threshold = task.k or config.max_steps, config.q_threshold
+    if threshold is None:
+        threshold = choose(model, k, task, background, options, results)
+    method = model.steps(k, q_threshold=threshold, read=True)
+    rows = []
     for length in options.lengths:
-        samples, left_out = hidden(halves[1], background, length, options)
-        beams = search_samples(model, samples, SearchOptions(budget, runners_up=0))
-        supports = [sample.support for sample in samples]
-        whole = retrieval_metrics([beam.retrieved for beam in beams], supports)
-        lengths = [steps_above(beam, chosen.q_threshold) for beam in beams]
-        found = [beam.retrieved[:n] for beam, n in zip(beams, lengths, strict=True)]
-        stopped = retrieval_metrics(found, supports)
-        figures.append(
+        documents = Documents(task.stories[1::2], background, length, options)
+        data = f"{task.name}, {length} sentences"
+        found = results.measure(
+            method, documents, len(documents), data=data, task=task.name, sentences=length
+        )
+        whole, stopped = scores(found, k), scores(found, k, threshold)
+        rows.append(
             {
                 "sentences": length,
-                "questions": len(samples),
-                "left_out": left_out,
-                "fact_em": round(whole["fact_em"], 4),
-                "with_threshold": {
-                    name: round(stopped[name], 4) for name in ("fact_em", "fact_f1", "steps")
-                },
+                "questions": len(found),
+                "left_out": documents.left_out,
+                "fact_em": whole["fact_em"],
+                "with_threshold": {n: stopped[n] for n in ("fact_em", "fact_f1", "steps")},
             }
         )
-    return {
-        "run": run.name,
-        **training(run),
-        "budget": budget,
-        "q_threshold": round(chosen.q_threshold, 4),
-        "figures": figures,
-    }
+    results.follow(f"{data}; {model.name}", found, k)
+    about = {"run": model.name, "task": task.name, **training(run), "budget": k}
+    return {**about, "q_threshold": round(threshold, 4), "figures": rows}
 
 
-def hidden(
-    stories: list[SupportSample],
+def choose(
+    model: Judged,
+    k: int,
+    task: Task,
     background: BackgroundText,
-    length: int,
     options: argparse.Namespace,
-) -> tuple[list[SupportSample], int]:
-    """Documents of a length for questions drawn without replacement, and how many did not fit."""
-    rng = np.random.default_rng((options.seed, length))
-    drawn = [stories[i] for i in rng.permutation(len(stories))]
-    fitting = [story for story in drawn if len(story.chunks) <= length]
-    taken = fitting[: options.count]
-    return [hide_story(s, background, length, rng) for s in taken], len(drawn) - len(fitting)
+    results: Results,
+) -> float:
+    """The threshold of best Fact-F1 in short documents with the first half of the questions."""
+    found = []
+    for length in options.lengths:
+        if length <= _CALIBRATED:  # longer ones take their time
+            documents = Documents(task.stories[::2], background, length, options)
+            found += results.search(model.steps(k), documents, len(documents))
+    if not found:
+        raise SystemExit(f"Give a length of at most {_CALIBRATED}, to choose the threshold on.")
+    beams, supports = [one.beam for one in found], [one.support for one in found]
+    return choose_threshold(beams, supports).q_threshold
+
+
+class Documents:
+    """Documents of a length for questions drawn without replacement, made anew whenever read.
+
+    Args:
+        told: The stories.
+        background: The books.
+        length: Number of sentences of a document.
+        options: ``seed`` and ``count``, the most documents.
+
+    Attributes:
+        left_out: Number of stories longer than a document.
+    """
+
+    def __init__(
+        self,
+        told: Sequence[SupportSample],
+        background: BackgroundText,
+        length: int,
+        options: argparse.Namespace,
+    ) -> None:
+        self._seed = (options.seed, length)
+        self._all = told
+        self._background = background
+        self._length = length
+        order = np.random.default_rng(self._seed).permutation(len(told))
+        fitting = [told[i] for i in order if len(told[i].chunks) <= length]
+        self._taken = fitting[: options.count]
+        self.left_out = len(told) - len(fitting)
+
+    def __len__(self) -> int:
+        return len(self._taken)
+
+    def __iter__(self) -> Iterator[SupportSample]:
+        rng = np.random.default_rng(self._seed)
+        rng.permutation(len(self._all))  # what chose them
+        for story in self._taken:
+            yield hide_story(story, self._background, self._length, rng)
+
+
+def baselines(
+    budget: int,
+    before: Judged,
+    task: Task,
+    background: BackgroundText,
+    options: argparse.Namespace,
+    results: Results,
+) -> None:
+    """The same questions by an untrained encoder and BM25, in documents that are not too long."""
+    for length in options.lengths:
+        if tokens_of(length) <= options.baselines_to:
+            documents = Documents(task.stories[1::2], background, length, options)
+            data = f"{task.name}, {length} sentences"
+            for method in (before.steps(budget), before.once(budget), bm25(budget)):
+                results.measure(
+                    method, documents, len(documents), data=data, task=task.name, sentences=length
+                )
+
+
+def tokens_of(sentences: int) -> int:
+    return TOKENS.get(sentences, 25 * sentences)
 
 
 def training(run: Path) -> dict[str, Any]:
-    """What the run's folder says of its training."""
+    """What the run's folder says of its training; of a model alone nothing."""
+    if not (run / "config.yaml").exists():
+        return {}
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     log = EventAccumulator(str(next((run / "logs").glob("version_*"))))
     log.Reload()
@@ -133,11 +251,26 @@ def training(run: Path) -> dict[str, Any]:
     }
 
 
+def plot(rows: Sequence[dict[str, Any]], json: Path) -> None:
+    """Draw accuracy over length."""
+    panels: dict[str, dict[str, dict[int, float]]] = {"Fact-EM": {}, "Fact-F1 with threshold": {}}
+    for row in rows:
+        stopped = "stop_late" in row
+        measure, name = list(panels)[stopped], "fact_f1" if stopped else "fact_em"
+        points = panels[measure].setdefault(f"{row['task']}, {row['retrieval']}", {})
+        points[tokens_of(row["sentences"])] = row[name]
+    figures.over_length(panels, json)
+
+
 def show(row: dict[str, Any]) -> None:
-    print(
-        f"{row['run']}: seed {row['training_seed']}, {row['updates']} updates in "
-        f"{row['training_minutes']} minutes, threshold {row['q_threshold']}"
+    trained = (
+        f"seed {row['training_seed']}, {row['updates']} updates in {row['training_minutes']} "
+        "minutes, "
+        if "updates" in row
+        else ""
     )
+    task = f", {row['task']}" if "task" in row else ""
+    print(f"{row['run']}{task}: {trained}threshold {row['q_threshold']}")
     for figure in row["figures"]:
         stopped = figure["with_threshold"]
         print(

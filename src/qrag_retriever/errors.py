@@ -38,6 +38,10 @@ class FingerprintMismatchError(IndexFormatError):
     """An index whose embeddings were made by another model than the one given."""
 
 
+class ReaderError(QRAGError):
+    """An LLM that should answer from what was retrieved cannot be reached, or fails."""
+
+
 class MissingDependencyError(QRAGError, ImportError):
     """An optional package is needed and not installed; the message names the extra."""
 

@@ -94,16 +94,33 @@ def calibrate(
         InvalidInputError: If the target is not reached with the whole budget.
     """
     beams = search_samples(model, samples, SearchOptions(k or model.config.max_steps, runners_up=0))
-    table = judge_thresholds(beams, [sample.support for sample in samples])
+    return choose_threshold(beams, [sample.support for sample in samples], target_em)
+
+
+def choose_threshold(
+    beams: Sequence[Beam], supports: Sequence[Sequence[int]], target_em: float | None = None
+) -> Calibration:
+    """Choose the threshold from searches that were made without any.
+
+    Args:
+        beams: Greedy trajectories of the whole budget.
+        supports: The support of each.
+        target_em: As in `calibrate`.
+
+    Raises:
+        InvalidInputError: If the target is not reached with the whole budget.
+    """
+    table = judge_thresholds(beams, supports)
     if target_em is None:
         # of equal ones the one with the fewest steps
         chosen = int(np.argmax(table.fact_f1))
     else:
         enough = np.flatnonzero(table.fact_em >= target_em - 1e-9)
         if not len(enough):
+            budget = max(len(beam.picks) for beam in beams)
             raise InvalidInputError(
-                f"target_em={target_em} is not reached: all {k or model.config.max_steps} steps "
-                f"give Fact-EM {table.fact_em[-1]:.3f}. Give a lower target, or a larger k."
+                f"target_em={target_em} is not reached: all {budget} steps give Fact-EM "
+                f"{table.fact_em[-1]:.3f}. Give a lower target, or a larger k."
             )
         chosen = int(enough[0])
     return Calibration(*(float(column[chosen]) for column in table))

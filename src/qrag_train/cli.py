@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qrag_retriever.errors import MissingDependencyError, QRAGError
+from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample
 from qrag_train.data.source import Format, SourceConfig
 
@@ -18,7 +19,7 @@ TRAINING_COMMANDS = {
     "validate": "Judge a run's best model, or --model.encoder, on its validation questions.",
     "test": "Judge a run's best model, or --model.encoder, on its test questions.",
 }
-_STORIES = 200
+_MADE = 200
 _DESCRIPTION = "Train and judge Q-RAG models: retrieval in several steps, learned from annotations."
 
 
@@ -120,32 +121,47 @@ def read_questions(
     corpus: str | None = None,
     background: str | None = None,
     sentences: list[int] | None = None,
+    tokens: list[int] | None = None,
+    words: str | None = None,
+    questions: str | None = None,
+    pool: bool = False,
     samples: int | None = None,
 ) -> dict[str, Sequence[SupportSample]]:
     """Questions to judge a model on, by a name for each set.
 
     Args:
-        data: The file.
+        data: The file; for babilong also simulated:1 to simulated:5, for ruler a task such as
+            ruler:niah_multikey_1.
         format: Its kind: jsonl (a document per question), corpus (questions on the chunks of
-            --corpus), babilong (a bAbI file, hidden in --background), or the official files of
-            hotpotqa, musique or 2wiki.
+            --corpus), babilong (a bAbI file, hidden in --background), ruler, or the official files
+            of hotpotqa, musique, 2wiki or squad.
         corpus: For corpus: the JSONL file with the chunks.
-        background: For babilong: a folder of books as plain text.
+        background: For babilong and ruler: a folder of books as plain text.
         sentences: For babilong: numbers of chunks of a document, such as [50,200,1200].
-        samples: Number of questions; left out: all, or 200 for babilong.
+        tokens: For ruler: lengths of the text in tokens, such as [4096,32768].
+        words: For ruler's needles: a file with a word a line.
+        questions: For ruler:qa_1 a file of SQuAD's shape, for ruler:qa_2 of HotpotQA's.
+        pool: Search the chunks of all questions of the file, not each question's own.
+        samples: Number of questions; left out: all, or 200 for babilong and ruler.
 
     Raises:
         DatasetError: If the file cannot be read or is not as described.
     """
     name = Path(data).stem
-    if format != "babilong":
-        source = SourceConfig(data, format, corpus).open()
+    common: dict[str, Any] = {"format": format, "corpus": corpus, "background": background}
+    if format == "babilong":
+        unit, lengths = "sentences", sentences or [60]
+    elif format == "ruler":
+        unit, lengths = "tokens", tokens or [4096]
+        common |= {"words": words, "questions": questions}
+    else:
+        source = SourceConfig(data, **common).open()
         assert isinstance(source, Sequence)
-        return {name: source[:samples]}
+        return {name: (pooled(source) if pool else source)[:samples]}
     found: dict[str, Sequence[SupportSample]] = {}
-    for length in sentences or [60]:
-        stories = SourceConfig(data, format, None, background, sentences=(length, length)).open()
-        found[f"{name}, {length} sentences"] = FixedSamples(stories, samples or _STORIES, seed=0)
+    for length in lengths:
+        made = SourceConfig(data, **{**common, unit: (length, length)}).open()
+        found[f"{name}, {length} {unit}"] = FixedSamples(made, samples or _MADE, seed=0)
     return found
 
 

@@ -15,19 +15,65 @@ from qrag_train.environment import in_state_order
 from qrag_train.metrics import retrieval_metrics, stop_kind, stop_rates
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from torch import Tensor
 
     from qrag_retriever.model import QRAGModel
     from qrag_train.data.sample import SupportSample
 
-# Chunks whose embeddings are held at once.
+# Chunks whose embeddings are held at once, and samples that are searched together.
 _MOST_CHUNKS = 200_000
+_MOST_SAMPLES = 64
+# Embedding more than so many chunks shows its progress.
+_MANY_CHUNKS = 2000
+
+
+class EmbeddedTexts:
+    """Action embeddings for searches, kept for texts that recur: of a corpus, of a background.
+
+    Args:
+        model: The model; its action encoder must not change afterwards.
+        recurring: The texts whose embeddings are kept once they were needed. All others are
+            embedded for one call of `actions` alone.
+    """
+
+    def __init__(self, model: QRAGModel, recurring: Iterable[str] = ()) -> None:
+        self._model = model
+        self._recurring = frozenset(recurring)
+        self._rows: dict[str, int] = {}
+        self._vectors = torch.empty(0, model.dimension, device=model.device)
+
+    def actions(self, samples: Sequence[SupportSample]) -> list[Tensor]:
+        """Embeddings of the chunks of samples, ``[n, d]`` each; one for samples on one corpus."""
+        corpora = {id(sample.chunks): sample.chunks for sample in samples}
+        texts = dict.fromkeys(text for chunks in corpora.values() for text in chunks)
+        missing = [text for text in texts if text not in self._rows]
+        lasting = [text for text in missing if text in self._recurring]
+        self._rows, self._vectors = self._with(lasting)
+        rows, vectors = self._with([text for text in missing if text not in self._recurring])
+        numbers = {name: [rows[text] for text in chunks] for name, chunks in corpora.items()}
+        actions = {
+            name: vectors[torch.tensor(some, device=vectors.device)]
+            for name, some in numbers.items()
+        }
+        return [actions[id(sample.chunks)] for sample in samples]
+
+    def _with(self, texts: Sequence[str]) -> tuple[dict[str, int], Tensor]:
+        if not texts:
+            return self._rows, self._vectors
+        show = len(texts) >= _MANY_CHUNKS
+        fresh = torch.from_numpy(self._model.encode_actions(texts, show_progress=show))
+        start = len(self._vectors)
+        rows = self._rows | {text: start + i for i, text in enumerate(texts)}
+        return rows, torch.cat([self._vectors, fresh.to(self._vectors.device)])
 
 
 def search_samples(
-    model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions
+    model: QRAGModel,
+    samples: Iterable[SupportSample],
+    options: SearchOptions,
+    known: EmbeddedTexts | None = None,
 ) -> list[Beam]:
     """Retrieve for many samples at once, each among its own chunks.
 
@@ -35,13 +81,15 @@ def search_samples(
         model: The model.
         samples: What to search.
         options: How; the same for all.
+        known: Embeddings of this model that need not be made again.
 
     Returns:
         The best trajectory of each sample.
     """
+    known = EmbeddedTexts(model) if known is None else known
     results: list[Beam] = []
-    for group in _groups(samples):
-        results += _search_group(model, group, options)
+    for group in in_groups(samples):
+        results += _search_group(model, group, options, known)
     return results
 
 
@@ -84,18 +132,36 @@ def evaluate(
         ``fact_em``, ``fact_f1``, … as `retrieval_metrics`, ``recall@k`` for 1, 2, … up to the
         budget, and perhaps ``stop_early``, ``stop_perfect`` and ``stop_late``.
     """
-    whole = options
-    if options.beams == 1:  # a threshold only cuts the same trajectory short
-        whole = dataclasses.replace(options, q_threshold=None)
+    greedy = options.beams == 1  # a threshold only cuts the same trajectory short
+    searched = dataclasses.replace(options, q_threshold=None) if greedy else options
+    beams = search_samples(model, samples, searched)
     supports = [sample.support for sample in samples]
-    beams = search_samples(model, samples, whole)
+    return judge(beams, supports, options.k, options.q_threshold if greedy else None)
+
+
+def judge(
+    beams: Sequence[Beam],
+    supports: Sequence[Sequence[int]],
+    k: int,
+    q_threshold: float | None = None,
+) -> dict[str, float]:
+    """Score what searches found (METHOD §5).
+
+    Args:
+        beams: Trajectories of the whole budget.
+        supports: The support of each.
+        k: The budget.
+        q_threshold: Stop each trajectory, which must be greedy, below this Q; adds how often that
+            was early, at the right step, or late (paper App. B).
+
+    Returns:
+        As `evaluate`.
+    """
     paths = [beam.retrieved for beam in beams]
-    found = paths
-    if whole is not options:
-        found = [beam.retrieved[: steps_above(beam, options.q_threshold)] for beam in beams]
-    scores = retrieval_metrics(found, supports, ks=range(1, options.k + 1))
-    if options.q_threshold is not None and options.beams == 1:
-        lengths = [len(chunks) for chunks in found]
+    lengths = [steps_above(beam, q_threshold) for beam in beams]
+    found = [path[:length] for path, length in zip(paths, lengths, strict=True)]
+    scores = retrieval_metrics(found, supports, ks=range(1, k + 1))
+    if q_threshold is not None:
         kinds = [stop_kind(*stop) for stop in zip(lengths, paths, supports, strict=True)]
         scores |= {f"stop_{kind}": share for kind, share in stop_rates(kinds).items()}
     return scores
@@ -116,13 +182,10 @@ def steps_above(beam: Beam, threshold: float | None) -> int:
 
 
 def _search_group(
-    model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions
+    model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions, known: EmbeddedTexts
 ) -> list[Beam]:
-    numbers: dict[str, int] = {}
-    rows = [[numbers.setdefault(t, len(numbers)) for t in s.chunks] for s in samples]
-    vectors = torch.from_numpy(model.encode_actions(list(numbers))).to(model.device)
+    actions = known.actions(samples)
     searches = [Search(len(sample.chunks), options) for sample in samples]
-    actions: dict[int, Tensor] = {}
     while active := [i for i, search in enumerate(searches) if not search.done]:
         paths = [(i, path) for i in active for path in searches[i].states]
         order = model.config.state_order
@@ -136,8 +199,6 @@ def _search_group(
         )
         first = 0
         for i in active:
-            if i not in actions:
-                actions[i] = vectors[torch.tensor(rows[i], device=vectors.device)]
             retrieved = searches[i].states
             last = first + len(retrieved)
             q = score(
@@ -152,13 +213,16 @@ def _search_group(
     return [search.best for search in searches]
 
 
-def _groups(samples: Sequence[SupportSample]) -> Iterator[list[SupportSample]]:
+def in_groups(samples: Iterable[SupportSample]) -> Iterator[list[SupportSample]]:
+    """Samples as many at a time as are searched together: long documents one by one."""
     group: list[SupportSample] = []
     chunks = 0
     for sample in samples:
-        if group and chunks + len(sample.chunks) > _MOST_CHUNKS:
+        same_corpus = bool(group) and sample.chunks is group[-1].chunks
+        chunks += 0 if same_corpus else len(sample.chunks)
+        if group and (chunks > _MOST_CHUNKS or len(group) == _MOST_SAMPLES):
             yield group
-            group, chunks = [], 0
+            group, chunks = [], len(sample.chunks)
         group.append(sample)
-        chunks += len(sample.chunks)
-    yield group
+    if group:
+        yield group

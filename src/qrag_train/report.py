@@ -18,12 +18,15 @@ _TITLES = {
     "data": "data",
     "questions": "questions",
     "retrieval": "retrieval",
+    "q_threshold": "threshold",
     "fact_em": "Fact-EM",
     "fact_f1": "Fact-F1",
     "steps": "steps",
     "stop_early": "early",
     "stop_perfect": "perfect",
     "stop_late": "late",
+    "answer_em": "answer EM",
+    "answer_f1": "answer F1",
 }
 _RECALLS = (1, 2, 5, 10, 20, 50)
 
@@ -65,13 +68,23 @@ def reports(
 def _baselines(model: QRAGModel, k: int) -> Iterator[tuple[str, QRAGModel, SearchOptions]]:
     once = SearchOptions(k, chunks_per_step=k)
     yield f"the best {k} of one step", model, once
+    before = untrained(model)
+    if before is not None:
+        yield f"before training, {k} steps", before, SearchOptions(k)
+        yield f"before training, the best {k} of one step", before, once
+
+
+def untrained(model: QRAGModel) -> QRAGModel | None:
+    """What a model was trained from; ``None`` for random weights, or where nothing is known.
+
+    Raises:
+        ModelFormatError: If the embedder it names cannot be loaded.
+    """
     settings = model.config.training.get("settings", {}).get("model")
-    # what starts from random weights, or unknown ones, has nothing to be compared with
-    if settings is not None and settings["scratch"] is None:
-        values = {"positions": model.config.positions, **(settings["settings"] or {})}
-        untrained = starting_model(settings["encoder"], values).to(model.device)
-        yield f"before training, {k} steps", untrained, SearchOptions(k)
-        yield f"before training, the best {k} of one step", untrained, once
+    if settings is None or settings["scratch"] is not None:
+        return None
+    values = {"positions": model.config.positions, **(settings["settings"] or {})}
+    return starting_model(settings["encoder"], values).to(model.device)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

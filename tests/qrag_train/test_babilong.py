@@ -116,6 +116,20 @@ def test_a_stretch_is_contiguous_and_goes_round(length, seed):
     assert all((b - a) % 20 == 1 for a, b in pairwise(numbers))
 
 
+@given(st.integers(0, 900), st.integers(0, 100))
+def test_a_stretch_of_some_characters_is_as_long_as_fits(characters, seed):
+    stretch = NUMBERS.stretch_of(characters, np.random.default_rng(seed))
+    numbers = [int(sentence[9:-1]) for sentence in stretch]
+    assert all((b - a) % 20 == 1 for a, b in pairwise(numbers))
+    used = sum(len(sentence) + 1 for sentence in stretch)
+    assert used <= characters
+    if stretch:
+        following = NUMBERS.sentences[(numbers[-1] + 1) % 20]
+        assert used + len(following) + 1 > characters
+    else:
+        assert characters < max(len(sentence) + 1 for sentence in NUMBERS.sentences)
+
+
 def test_stretches_begin_anywhere():
     rng = np.random.default_rng(0)
     assert {NUMBERS.stretch(1, rng)[0] for _ in range(400)} == set(NUMBERS.sentences)

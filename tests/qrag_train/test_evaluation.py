@@ -112,3 +112,45 @@ def test_a_threshold_cuts_the_same_trajectory_short(
     stopped = search_samples(model, samples, SearchOptions(4, q_threshold=threshold))
     for long, short in zip(whole, stopped, strict=True):
         assert long.retrieved[: steps_above(long, threshold)] == short.retrieved
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_known_embeddings_change_nothing_and_are_not_made_again(
+    model: QRAGModel, samples: list[SupportSample], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search_samples(model, samples, SearchOptions(3))
+    texts = sorted({chunk for sample in samples for chunk in sample.chunks})
+    recurring = texts[: round(share * len(texts))]
+    known = evaluation.EmbeddedTexts(model, recurring)
+    embedded: list[str] = []
+    original = QRAGModel.encode_actions
+
+    def encode(self: QRAGModel, chunks: list[str], **options: object) -> np.ndarray:
+        embedded.extend(chunks)
+        return original(self, chunks, **options)
+
+    monkeypatch.setattr(QRAGModel, "encode_actions", encode)
+    for due in (texts, texts[len(recurring) :]):
+        embedded.clear()
+        found = search_samples(model, samples, SearchOptions(3), known)
+        assert [beam.retrieved for beam in found] == [beam.retrieved for beam in expected]
+        assert sorted(embedded) == due
+
+
+def test_questions_on_one_corpus_share_its_embeddings(model: QRAGModel) -> None:
+    corpus = tuple(f"the {thing} fell" for thing in ("cup", "hat", "key"))
+    samples = [SupportSample(str(i), "where is the cup", corpus, (i,)) for i in range(2)]
+    first, second = evaluation.EmbeddedTexts(model, corpus).actions(samples)
+    assert first is second
+
+
+def test_groups_hold_no_more_than_fits_and_everything() -> None:
+    sizes = [5, 90_000, 90_000, 90_000, 300_000, *[1] * 70]
+    samples = [SupportSample("", "?", ("a",) * size, (0,)) for size in sizes]
+    groups = list(evaluation.in_groups(iter(samples)))
+    assert [len(sample.chunks) for group in groups for sample in group] == sizes
+    assert [len(group) for group in groups] == [3, 1, 1, 64, 6]
+    assert list(evaluation.in_groups([])) == []
+    corpus = ("a",) * 150_000
+    shared = [SupportSample("", "?", corpus, (0,)) for _ in range(5)]
+    assert [len(group) for group in evaluation.in_groups([*shared, *samples[:2]])] == [6, 1]

@@ -4,9 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qrag_retriever.errors import DatasetError
-from qrag_train.data import read_hotpotqa, read_musique, read_twowiki, read_twowiki_open
+from qrag_train.cli import read_questions
+from qrag_train.data import (
+    SupportSample,
+    pooled,
+    read_hotpotqa,
+    read_musique,
+    read_twowiki,
+    read_twowiki_open,
+)
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the shared data are not here")
@@ -160,3 +170,38 @@ def test_pooled_corpus():
             any(sample.chunks[i].startswith(f"{title}. ") for title in titles)
             for i in sample.support
         )
+
+
+@given(
+    st.lists(
+        st.lists(st.sampled_from("abcdefgh"), min_size=1, max_size=6).flatmap(
+            lambda chunks: st.tuples(
+                st.just(chunks), st.sets(st.integers(0, len(chunks) - 1), min_size=1)
+            )
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_pool_holds_every_text_once_and_the_same_support(
+    drawn: list[tuple[list[str], set[int]]],
+) -> None:
+    samples = [
+        SupportSample(str(i), "?", tuple(chunks), tuple(sorted(support)))
+        for i, (chunks, support) in enumerate(drawn)
+    ]
+    together = pooled(samples)
+    corpus = together[0].chunks
+    assert all(sample.chunks is corpus for sample in together)
+    assert sorted(corpus) == sorted({chunk for chunks, _ in drawn for chunk in chunks})
+    for sample, one in zip(samples, together, strict=True):
+        assert {corpus[i] for i in one.support} == {sample.chunks[i] for i in sample.support}
+
+
+def test_evaluation_on_a_pool(tmp_path: Path) -> None:
+    other = {**RECORD, "_id": "h2", "context": [["E", ["Ea."]], *RECORD["context"]]}
+    file = tmp_path / "hotpot.json"
+    file.write_text(json.dumps([RECORD, other]))
+    (samples,) = read_questions(str(file), "hotpotqa", pool=True, samples=1).values()
+    assert len(samples) == 1
+    assert samples[0].chunks == ("A. Aa.", "B. Ba. Bb.", "C. Ca.", "D. Da.", "E. Ea.")

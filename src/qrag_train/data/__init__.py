@@ -8,8 +8,11 @@ from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.mixture import Mixture
 from qrag_train.data.musique import read_musique
+from qrag_train.data.passages import pooled
+from qrag_train.data.ruler import Ruler, read_words
 from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
 from qrag_train.data.simulator import BabiSimulator
+from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki, read_twowiki_open
 
 __all__ = [
@@ -19,16 +22,20 @@ __all__ = [
     "CandidateSets",
     "FixedSamples",
     "Mixture",
+    "Ruler",
     "SampleList",
     "SampleSource",
     "SupportSample",
     "hide_story",
+    "pooled",
     "read_babi",
     "read_corpus_jsonl",
     "read_documents_jsonl",
     "read_hotpotqa",
     "read_musique",
+    "read_squad",
     "read_twowiki",
     "read_twowiki_open",
+    "read_words",
     "split_sentences",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from qrag_retriever.errors import DatasetError
@@ -88,17 +90,29 @@ def hide_story(
         raise DatasetError(
             f"Story {story.id!r} has {told} statements, more than length={length}; give more room."
         )
-    noise = background.stretch(length - told, rng)
-    places = np.sort(rng.choice(length, size=told, replace=False, shuffle=False)).tolist()
-    chunks: list[str] = []
-    for before, (statement, place) in enumerate(zip(story.chunks, places, strict=True)):
-        chunks += noise[len(chunks) - before : place - before]
-        chunks.append(statement)
-    chunks += noise[len(chunks) - told :]
+    chunks, places = scatter(story.chunks, background.stretch(length - told, rng), rng)
     return SupportSample(
         id=story.id,
         question=story.question,
-        chunks=tuple(chunks),
+        chunks=chunks,
         support=tuple(places[i] for i in story.support),
         answer=story.answer,
     )
+
+
+def scatter(
+    statements: Sequence[str], noise: Sequence[str], rng: np.random.Generator
+) -> tuple[tuple[str, ...], list[int]]:
+    """Put statements, in their order, at random places among others, in theirs.
+
+    Returns:
+        All chunks, and the places of the statements.
+    """
+    length = len(statements) + len(noise)
+    places = np.sort(rng.choice(length, size=len(statements), replace=False, shuffle=False))
+    chunks: list[str] = []
+    for before, (statement, place) in enumerate(zip(statements, places.tolist(), strict=True)):
+        chunks += noise[len(chunks) - before : place - before]
+        chunks.append(statement)
+    chunks += noise[len(chunks) - len(statements) :]
+    return tuple(chunks), places.tolist()

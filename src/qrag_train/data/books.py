@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from qrag_retriever.errors import DatasetError
 
@@ -140,3 +142,23 @@ class BackgroundText:
         if turns <= 1:
             return list(self.sentences[begin : begin + length])
         return list((self.sentences * turns)[begin : begin + length])
+
+    def stretch_of(self, characters: int, rng: np.random.Generator) -> list[str]:
+        """As many sentences on end as have so many characters, one more counted for each.
+
+        Example:
+            >>> background = BackgroundText(["It rained.", "It poured."])
+            >>> background.stretch_of(25, np.random.default_rng(0))
+            ['It poured.', 'It rained.']
+        """
+        begin = int(rng.integers(len(self.sentences)))
+        before = int(self._ends[begin - 1]) if begin else 0
+        turns, rest = divmod(before + characters, int(self._ends[-1]))
+        end = turns * len(self.sentences) + int(np.searchsorted(self._ends, rest, side="right"))
+        if not turns:
+            return list(self.sentences[begin:end])
+        return list((self.sentences * (turns + 1))[begin:end])
+
+    @functools.cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        return np.cumsum([len(sentence) + 1 for sentence in self.sentences], dtype=np.int64)

@@ -72,3 +72,36 @@ def _sample(record: dict[str, Any]) -> SupportSample:
         support=support_by_title(places, record["supporting_facts"]),
         answer=record.get("answer"),
     )
+
+
+def pooled(samples: Sequence[SupportSample]) -> SampleList:
+    """The same questions on one corpus: the chunks of all of them, equal ones once.
+
+    Args:
+        samples: Questions that each bring their own chunks.
+
+    Returns:
+        As many samples, which share one tuple of chunks.
+
+    Example:
+        >>> one = SupportSample("1", "Who?", ("a", "b"), (1,))
+        >>> two = SupportSample("2", "Where?", ("b", "c"), (0, 1))
+        >>> [(sample.chunks, sample.support) for sample in pooled([one, two])]
+        [(('a', 'b', 'c'), (1,)), (('a', 'b', 'c'), (1, 2))]
+    """
+    places: dict[str, int] = {}
+    for sample in samples:
+        for chunk in sample.chunks:
+            places.setdefault(chunk, len(places))
+    corpus = tuple(places)
+    return SampleList(
+        SupportSample(
+            sample.id,
+            sample.question,
+            corpus,
+            # a passage that stands twice among a question's own counts once
+            tuple(dict.fromkeys(places[sample.chunks[i]] for i in sample.support)),
+            sample.answer,
+        )
+        for sample in samples
+    )

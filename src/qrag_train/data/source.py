@@ -13,19 +13,24 @@ from qrag_train.data.books import BackgroundText
 from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.musique import read_musique
+from qrag_train.data.ruler import Ruler, read_words
 from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample
 from qrag_train.data.simulator import BabiSimulator
+from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki
 
-Format = Literal["jsonl", "corpus", "babilong", "hotpotqa", "musique", "2wiki"]
+Format = Literal["jsonl", "corpus", "babilong", "ruler", "hotpotqa", "musique", "2wiki", "squad"]
 
 _READERS = {
     "jsonl": read_documents_jsonl,
     "hotpotqa": read_hotpotqa,
     "musique": read_musique,
     "2wiki": read_twowiki,
+    "squad": read_squad,
 }
 _SIMULATED = "simulated:"
+_RULER = "ruler:"
+_NEEDED = (("corpus", "corpus"), ("babilong", "background"), ("ruler", "background"))
 # Samples of an endless source that are checked, and read for a vocabulary, before training.
 _LOOKED_AT = 200
 
@@ -36,15 +41,19 @@ class SourceConfig:
 
     Attributes:
         file: The file with the questions; for ``babilong`` also ``simulated:2``, which makes up
-            stories of bAbI's task 2 without end (tasks 1 to 5).
+            stories of bAbI's task 2 without end (tasks 1 to 5); for ``ruler`` a task, such as
+            ``ruler:niah_multikey_1``, made without end.
         format: Its kind: ``jsonl`` (a document per question), ``corpus`` (questions on the chunks
-            of ``corpus``), ``babilong`` (a bAbI file, hidden in ``background``), or the official
-            files of ``hotpotqa``, ``musique`` or ``2wiki``.
+            of ``corpus``), ``babilong`` (a bAbI file, hidden in ``background``), ``ruler``, or the
+            official files of ``hotpotqa``, ``musique``, ``2wiki`` or ``squad``.
         corpus: For ``corpus``: the JSONL file with the chunks.
-        background: For ``babilong``: a folder of books as plain text.
-        background_sentences: For ``babilong``: take that many sentences of the books, evenly
+        background: For ``babilong`` and ``ruler``: a folder of books as plain text.
+        background_sentences: For these two: take that many sentences of the books, evenly
             spread, so that they recur and `refresh_every` saves time; ``None``: all.
         sentences: For ``babilong``: least and greatest number of chunks of a document.
+        tokens: For ``ruler``: least and greatest number of tokens of a text.
+        words: For ``ruler``'s needles: a file with a word a line.
+        questions: For ``ruler:qa_1`` a file of SQuAD's shape, for ``ruler:qa_2`` of HotpotQA's.
         weight: Share of the source in a mixture; ``None``: by its number of questions.
 
     Raises:
@@ -57,10 +66,13 @@ class SourceConfig:
     background: str | None = None
     background_sentences: int | None = None
     sentences: tuple[int, int] = (60, 90)
+    tokens: tuple[int, int] = (2000, 4000)
+    words: str | None = None
+    questions: str | None = None
     weight: float | None = None
 
     def __post_init__(self) -> None:
-        for format_, name in (("corpus", "corpus"), ("babilong", "background")):
+        for format_, name in _NEEDED:
             if self.format == format_ and getattr(self, name) is None:
                 raise DatasetError(
                     f"format={format_!r} needs {name!r}; give it beside {self.file}."
@@ -74,25 +86,42 @@ class SourceConfig:
         """
         if self.format == "corpus":
             return read_corpus_jsonl(str(self.corpus), self.file)
-        if self.format == "babilong":
+        if self.format in ("babilong", "ruler"):
             background = BackgroundText.from_folder(str(self.background))
             if self.background_sentences is not None:
                 background = thinned(background, self.background_sentences)
-            return BabiLong(self._stories(), background, self.sentences)
+            if self.format == "ruler":
+                return self._ruler(background)
+            return BabiLong(stories(self.file), background, self.sentences)
         return _READERS[self.format](self.file)
 
     @property
     def is_file(self) -> bool:
         """Whether the questions stand in a file."""
-        return not self.file.startswith(_SIMULATED)
+        return not self.file.startswith((_SIMULATED, _RULER))
 
-    def _stories(self) -> SampleSource:
-        if self.is_file:
-            return read_babi(self.file)
-        task = self.file.removeprefix(_SIMULATED)
-        if not task.isdecimal():
-            raise DatasetError(f"{self.file!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5.")
-        return BabiSimulator(int(task))
+    def _ruler(self, background: BackgroundText) -> Ruler:
+        task = self.file.removeprefix(_RULER)
+        questions: Sequence[SupportSample] = ()
+        if self.questions is not None:
+            read = read_squad if task == "qa_1" else read_hotpotqa
+            questions = read(self.questions)
+        words = [] if self.words is None else read_words(self.words)
+        return Ruler(task, self.tokens, background, words=words, questions=questions)
+
+
+def stories(name: str) -> SampleSource:
+    """BAbI's stories: of a file, or without end where the name is ``simulated:1`` and so on.
+
+    Raises:
+        DatasetError: If the file cannot be read, or there is no such task.
+    """
+    if not name.startswith(_SIMULATED):
+        return read_babi(name)
+    task = name.removeprefix(_SIMULATED)
+    if not task.isdecimal():
+        raise DatasetError(f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5.")
+    return BabiSimulator(int(task))
 
 
 def looked_at(source: SampleSource) -> Sequence[SupportSample]:

@@ -1,0 +1,49 @@
+"""SQuAD: a question, the paragraph that answers it, and the other paragraphs of its article."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from qrag_retriever.errors import DatasetError
+from qrag_train.data.passages import passage
+from qrag_train.data.problems import Problems, read_lines
+from qrag_train.data.sample import SampleList, SupportSample
+
+
+def read_squad(path: str | Path) -> SampleList:
+    """Read a file in SQuAD's shape (also XQuAD): ``data`` → ``paragraphs`` → ``qas``.
+
+    One chunk per paragraph of the article, with its title where it has one; the support is the
+    question's own paragraph. Questions marked impossible (SQuAD 2.0) are left out.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        One sample per question, in the file's order.
+
+    Raises:
+        DatasetError: If the file cannot be read or is not as described; names the articles.
+    """
+    try:
+        articles = json.loads("".join(line for _, line in read_lines(path)))["data"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{path} is not in SQuAD's shape ({error!r}); give the official file, unpacked."
+        ) from error
+    problems = Problems(path)
+    samples = []
+    for number, article in enumerate(articles):
+        with problems.at(f"article {number}"):
+            title = article.get("title", "")
+            texts = [paragraph["context"] for paragraph in article["paragraphs"]]
+            chunks = tuple(passage(title, t) if title else " ".join(t.split()) for t in texts)
+            for place, paragraph in enumerate(article["paragraphs"]):
+                for question in paragraph["qas"]:
+                    if not question.get("is_impossible", False):
+                        text, answer = question["question"].strip(), question["answers"][0]["text"]
+                        samples.append(
+                            SupportSample(question["id"], text, chunks, (place,), answer)
+                        )
+    return problems.checked(samples)

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import ablations
+import babilong
+import numpy as np
+import pytest
+from running import SENTENCES, run, save_model, write_books
+
+from qrag_retriever import QRAGModel, SearchOptions
+from qrag_train.calibration import calibrate
+from qrag_train.data import BabiSimulator, BackgroundText, FixedSamples, hide_story
+from qrag_train.evaluation import evaluate
+
+STORIES = list(FixedSamples(BabiSimulator(1), 8, seed=0))
+TEXTS = tuple(text for story in STORIES for text in (*story.chunks, story.question))
+
+
+def obvious(half: list, background: BackgroundText, length: int, count: int) -> list:
+    """What is drawn first, if it fits, hidden one after the other."""
+    rng = np.random.default_rng((0, length))
+    drawn = [half[i] for i in rng.permutation(len(half))]
+    taken = [story for story in drawn if len(story.chunks) <= length][:count]
+    return [hide_story(story, background, length, rng) for story in taken]
+
+
+def test_figures_of_a_run(tmp_path):
+    model = save_model(tmp_path, "relative", TEXTS, None)
+    books, file = write_books(tmp_path), tmp_path / "out" / "b.json"
+    arguments = [
+        *(model.parent, "--questions", "simulated:1", "--background", books, "--count", 4),
+        *("--lengths", 12, 60, 260, "--baselines-to", 300, "--json", file),
+    ]
+    run(babilong, *arguments)
+    written = json.loads(file.read_text())
+    (row,) = written["runs"]
+    assert (row["run"], row["budget"], written["questions"]) == ("mine", 2, "simulated:1")
+
+    loaded = QRAGModel.from_pretrained(model, device="cpu")
+    background = BackgroundText.from_folder(books)
+    halves = STORIES[::2], STORIES[1::2]
+    chosen = calibrate(loaded, [s for n in (12, 60) for s in obvious(halves[0], background, n, 4)])
+    assert row["q_threshold"] == pytest.approx(chosen.q_threshold, abs=1e-4)
+    for figure, length in zip(row["figures"], (12, 60, 260), strict=True):
+        samples = obvious(halves[1], background, length, 4)
+        assert (figure["sentences"], figure["questions"]) == (length, len(samples))
+        assert figure["left_out"] == sum(len(s.chunks) > length for s in halves[1])
+        whole = evaluate(loaded, samples, SearchOptions(2))
+        stopped = evaluate(loaded, samples, SearchOptions(2, q_threshold=chosen.q_threshold))
+        assert figure["fact_em"] == pytest.approx(whole["fact_em"], abs=1e-4)
+        for name in ("fact_em", "fact_f1", "steps"):
+            assert figure["with_threshold"][name] == pytest.approx(stopped[name], abs=1e-4)
+    ways = [(r["data"], r["retrieval"]) for r in written["rows"]]
+    assert [way for data, way in ways if data == "simulated:1, 12 sentences"][-3:] == [
+        "untrained: 2 steps",
+        "untrained: the best 2 of one step",
+        "BM25",
+    ]
+    assert not any("untrained" in way for data, way in ways if data == "simulated:1, 60 sentences")
+    for picture in ("length", "stopping", "q_values"):
+        assert (file.parent / f"b_{picture}.png").read_bytes().startswith(b"\x89PNG")
+
+    journal = file.with_suffix(".journal.jsonl")
+    before = journal.read_bytes()
+    run(babilong, *arguments)
+    assert journal.read_bytes() == before
+    assert json.loads(file.read_text())["runs"] == written["runs"]
+
+
+def test_documents_are_the_same_whenever_read():
+    background = BackgroundText(SENTENCES)
+    options = argparse.Namespace(seed=0, count=3)
+    documents = babilong.Documents(STORIES, background, 12, options)
+    first = list(documents)
+    assert first == list(documents) == obvious(STORIES, background, 12, 3)
+    assert len(documents) == len(first)
+
+
+def test_a_threshold_needs_short_documents(tmp_path):
+    model = save_model(tmp_path, "relative", TEXTS, None)
+    with pytest.raises(SystemExit, match="at most 200"):
+        run(
+            *(babilong, model, "--questions", "simulated:1", "--count", 2, "--lengths", 300),
+            *("--background", write_books(tmp_path), "--json", tmp_path / "b.json"),
+        )
+
+
+def test_several_tasks_budgets_and_a_threshold_of_ones_own(tmp_path):
+    model = save_model(tmp_path, "relative", TEXTS)
+    arguments = [
+        *(model, "--questions", "simulated:1", "simulated:4", "--background"),
+        *(write_books(tmp_path), "--count", 2, "--lengths", 210, "--json", tmp_path / "b.json"),
+    ]
+    run(babilong, *arguments, "--k", 1, 3)
+    written = json.loads((tmp_path / "b.json").read_text())
+    first, second = written["runs"]
+    assert (first["task"], first["budget"], first["q_threshold"]) == ("simulated:1", 1, 0.5)
+    assert (second["task"], second["budget"]) == ("simulated:4", 3)
+    ways = {(row["task"], row["retrieval"]) for row in written["rows"]}
+    assert ("simulated:4", "untrained: 3 steps") in ways
+    assert ("simulated:1", "mine: 1 steps, until Q < 0.500") in ways
+    with pytest.raises(SystemExit, match="once for each of 2"):
+        run(babilong, *arguments, "--k", 1)
+
+
+def test_published_results_are_read_as_they_were():
+    folder = Path(babilong.__file__).parent / "results"
+    for file in sorted(folder.glob("babilong_qa?.json")):
+        for row in json.loads(file.read_text())["runs"]:
+            babilong.show(row)
+            assert all(figure["with_threshold"]["fact_f1"] for figure in row["figures"])
+
+
+def test_ablations_use_the_same_judge(tmp_path, monkeypatch):
+    model = save_model(tmp_path, "relative", TEXTS)
+    monkeypatch.setattr(ablations, "train", lambda *_: None)
+    folder = tmp_path / "ablations" / "full"
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(model)
+    file = tmp_path / "a.json"
+    run(
+        *(ablations, "--config", tmp_path / "c.yaml", "--folder", folder.parent, "--variants"),
+        *("full", "--questions", "simulated:1", "--background", write_books(tmp_path)),
+        *("--lengths", 12, "--count", 3, "--json", file),
+    )
+    (row,) = json.loads(file.read_text())["variants"]
+    assert (row["variant"], row["figures"][0]["questions"]) == ("full", 3)

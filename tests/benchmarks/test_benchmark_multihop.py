@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from itertools import pairwise
+
+import bench
+import multihop
+import numpy as np
+import pytest
+from running import run, save_model, write_hotpotqa
+
+from llm_server import llm_server
+from qrag_retriever import QRAGModel, SearchOptions
+from qrag_train.data import SupportSample, pooled, read_hotpotqa
+from qrag_train.evaluation import search_samples
+from qrag_train.metrics import fact_scores
+from qrag_train.reading import Task, prompt
+
+METHODS = [
+    "mine: 2 steps",
+    "mine: 2 steps, until Q < 0.500",
+    "mine: 2 steps, 3 beams",
+    "mine: the best 2 of one step",
+    "untrained: 2 steps",
+    "untrained: the best 2 of one step",
+    "BM25",
+]
+
+
+def test_rows_files_and_resuming(tmp_path, monkeypatch):
+    model, hotpotqa = save_model(tmp_path), write_hotpotqa(tmp_path)
+    json_file = tmp_path / "out" / "m.json"
+    arguments = [model, "--hotpotqa", hotpotqa, "--beams", 3, "--json", json_file]
+    run(multihop, *arguments)
+    written = json.loads(json_file.read_text())
+    rows = written["rows"]
+    samples = read_hotpotqa(hotpotqa)
+    corpus = pooled(samples)
+    size = len({chunk for sample in samples for chunk in sample.chunks})
+    sets = ["HotpotQA, 6 candidates", f"HotpotQA, pool of {size}"]
+    assert [row["data"] for row in rows] == [name for name in sets for _ in METHODS]
+    assert [row["retrieval"] for row in rows[:7]] == METHODS
+    assert all(row["questions"] == 3 for row in rows)
+    # the model was not trained: it is its own start
+    assert {**rows[4], "retrieval": ""} == {**rows[0], "retrieval": ""}
+
+    loaded = QRAGModel.from_pretrained(model, device="cpu")
+    beams = search_samples(loaded, corpus, SearchOptions(5))
+    wanted = [set(sample.support) for sample in corpus]
+    for k in (2, 5):
+        shares = [
+            len(w & set(b.retrieved[:k])) / len(w) for b, w in zip(beams, wanted, strict=True)
+        ]
+        assert rows[7][f"recall@{k}"] == pytest.approx(np.mean(shares), abs=1e-4)
+    own = [
+        fact_scores(b.retrieved, s.support)
+        for b, s in zip(search_samples(loaded, samples, SearchOptions(2)), samples, strict=True)
+    ]
+    assert rows[0]["fact_f1"] == pytest.approx(np.mean([score.f1 for score in own]), abs=1e-4)
+
+    assert set(written["models"]) == {"mine", "untrained"}
+    assert written["machine"]["torch"]
+    assert len(written["files"]["hotpot.json"]) == 64
+    tables = json_file.with_suffix(".md").read_text().split("\n\n")
+    assert len(tables[0].splitlines()) == len(rows) + 2
+    assert tables[1] == "HotpotQA, 6 candidates; mine: 2 steps"
+    assert tables[2].startswith("| threshold | Fact-EM | Fact-F1 | steps | early | perfect | late")
+    for picture in ("m_stopping.png", "m_q_values.png"):
+        assert (json_file.parent / picture).read_bytes().startswith(b"\x89PNG")
+    table = written["stopping"]["HotpotQA, 6 candidates; mine: 2 steps"]
+    assert table[0]["steps"] == 2.0  # no Q is below the lowest
+    assert all(a["steps"] >= b["steps"] for a, b in pairwise(table))
+    steps = written["q_over_steps"]["HotpotQA, 6 candidates; mine: 2 steps"]
+    assert [step["share_complete"] for step in steps] == [0.0, 0.0]  # two facts take two steps
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(bench, "search_samples", refuse)
+    monkeypatch.setattr(bench, "best_actions", refuse)
+    run(multihop, *arguments)
+    assert json.loads(json_file.read_text())["rows"] == rows
+    # other settings are other results
+    with pytest.raises(AssertionError, match="measured again"):
+        run(multihop, *arguments, "--beams", 2)
+
+
+def test_bm25_ranks_by_its_formula():
+    corpus = ("red cup fell", "blue cup cup stood here", "green hat", "old key under lamp")
+    question = "where stood blue cup"
+    documents = [text.split() for text in corpus]
+    mean = sum(map(len, documents)) / len(documents)
+
+    def score(document: list[str]) -> float:
+        total = 0.0
+        for word in question.split():
+            having = sum(word in other for other in documents)
+            idf = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
+            count = document.count(word)
+            # Lucene: without the constant factor k1 + 1
+            total += idf * count / (count + 1.5 * (0.25 + 0.75 * len(document) / mean))
+        return total
+
+    expected = [score(document) for document in documents]
+    sample = SupportSample("1", question, corpus, (1,))
+    (beam,) = bench.bm25(2).search([sample])
+    assert beam.retrieved == (1, 0)
+    assert [pick.q_value for pick in beam.picks] == pytest.approx([expected[1], expected[0]])
+
+
+def test_a_model_is_told_apart_by_what_decides_its_ranking(tmp_path):
+    model = save_model(tmp_path)
+    loaded = QRAGModel.from_pretrained(model, device="cpu")
+    digest = bench.model_digest(loaded)
+    loaded.config = loaded.config.replace(q_threshold=0.9, training={})
+    assert bench.model_digest(loaded) == digest
+    loaded.config = loaded.config.replace(state_order="document")
+    assert bench.model_digest(loaded) != digest
+
+
+def test_a_model_is_named_after_its_run(tmp_path):
+    model = save_model(tmp_path)
+    other = model.parent / "other"
+    shutil.copytree(model, other)
+    names = [bench.load(path, []).name for path in (model, model.parent, other)]
+    assert names == ["mine", "mine", "other"]
+
+
+def test_a_reader_answers_from_what_was_found(tmp_path, monkeypatch):
+    model, hotpotqa = save_model(tmp_path), write_hotpotqa(tmp_path)
+    file = tmp_path / "m.json"
+    arguments = [model, "--hotpotqa", hotpotqa, "--beams", 1, "--json", file, "--reader", "tiny"]
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with llm_server() as server:
+        gone = server.url
+    with pytest.raises(SystemExit, match=r"error: The reader tiny at .* answered 0 of 3"):
+        run(multihop, *arguments, "--reader-url", gone)
+    rows = json.loads(file.read_text())["rows"]
+    assert len(rows) == 12  # nothing of the retrieval is lost
+    assert not any("answer_em" in row for row in rows)
+
+    monkeypatch.setattr(bench, "search_samples", None)  # and nothing is retrieved again
+    with llm_server() as server:
+        run(multihop, *arguments, "--reader-url", server.url)
+        asked = list(server.asked)
+    written = json.loads(file.read_text())["rows"]
+    answered = [row for row in written if "answer_em" in row]
+    assert [row["retrieval"] for row in answered] == ["mine: 2 steps, until Q < 0.500"]
+    assert [{k: v for k, v in row.items() if "answer" not in k} for row in written] == rows
+    assert "answer EM" in file.with_suffix(".md").read_text()
+    # the passages are those found before Q fell below the threshold, in the document's order
+    loaded = QRAGModel.from_pretrained(model, device="cpu")
+    samples = read_hotpotqa(hotpotqa)
+    beams = search_samples(loaded, samples, SearchOptions(2, q_threshold=0.5))
+    assert asked == [
+        prompt("multihop", Task(s.question, [s.chunks[i] for i in sorted(b.retrieved)], ""))
+        for s, b in zip(samples, beams, strict=True)
+    ]
