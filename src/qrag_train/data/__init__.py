@@ -6,6 +6,7 @@ from qrag_train.data.books import BackgroundText, split_sentences
 from qrag_train.data.candidates import CandidateSets
 from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
+from qrag_train.data.linked import LinkedPassages, Passage, read_passages
 from qrag_train.data.mixture import Mixture
 from qrag_train.data.musique import read_musique
 from qrag_train.data.passages import pooled
@@ -21,7 +22,9 @@ __all__ = [
     "BackgroundText",
     "CandidateSets",
     "FixedSamples",
+    "LinkedPassages",
     "Mixture",
+    "Passage",
     "Ruler",
     "SampleList",
     "SampleSource",
@@ -33,6 +36,7 @@ __all__ = [
     "read_documents_jsonl",
     "read_hotpotqa",
     "read_musique",
+    "read_passages",
     "read_squad",
     "read_twowiki",
     "read_twowiki_open",

@@ -12,6 +12,7 @@ from qrag_train.data.babilong import BabiLong
 from qrag_train.data.books import BackgroundText
 from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
+from qrag_train.data.linked import LinkedPassages, read_passages
 from qrag_train.data.musique import read_musique
 from qrag_train.data.ruler import Ruler, read_words
 from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample
@@ -19,7 +20,9 @@ from qrag_train.data.simulator import BabiSimulator
 from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki
 
-Format = Literal["jsonl", "corpus", "babilong", "ruler", "hotpotqa", "musique", "2wiki", "squad"]
+Format = Literal[
+    "jsonl", "corpus", "babilong", "ruler", "hotpotqa", "musique", "2wiki", "squad", "linked"
+]
 
 _READERS = {
     "jsonl": read_documents_jsonl,
@@ -45,7 +48,8 @@ class SourceConfig:
             ``ruler:niah_multikey_1``, made without end.
         format: Its kind: ``jsonl`` (a document per question), ``corpus`` (questions on the chunks
             of ``corpus``), ``babilong`` (a bAbI file, hidden in ``background``), ``ruler``, or the
-            official files of ``hotpotqa``, ``musique``, ``2wiki`` or ``squad``.
+            official files of ``hotpotqa``, ``musique``, ``2wiki`` or ``squad``; ``linked`` makes
+            up questions, without end, on titled passages that name one another.
         corpus: For ``corpus``: the JSONL file with the chunks.
         background: For ``babilong`` and ``ruler``: a folder of books as plain text.
         background_sentences: For these two: take that many sentences of the books, evenly
@@ -93,6 +97,8 @@ class SourceConfig:
             if self.format == "ruler":
                 return self._ruler(background)
             return BabiLong(stories(self.file), background, self.sentences)
+        if self.format == "linked":
+            return LinkedPassages(read_passages(self.file))
         return _READERS[self.format](self.file)
 
     @property
