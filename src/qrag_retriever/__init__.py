@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from qrag_retriever.engine import MultiStepRetriever
     from qrag_retriever.errors import QRAGError
     from qrag_retriever.index import ChunkIndex
+    from qrag_retriever.langchain_embeddings import QRAGEmbeddings
+    from qrag_retriever.llama_index_embedding import QRAGEmbedding
     from qrag_retriever.model import QRAGModel
     from qrag_retriever.retriever import QRAGRetriever
     from qrag_retriever.search import SearchOptions
@@ -26,6 +28,8 @@ __all__ = [
     "ChunkIndex",
     "MultiStepRetriever",
     "QRAGConfig",
+    "QRAGEmbedding",
+    "QRAGEmbeddings",
     "QRAGError",
     "QRAGModel",
     "QRAGRetriever",
@@ -40,6 +44,8 @@ _HOME = {
     "ChunkIndex": "index",
     "MultiStepRetriever": "engine",
     "QRAGConfig": "config",
+    "QRAGEmbedding": "llama_index_embedding",
+    "QRAGEmbeddings": "langchain_embeddings",
     "QRAGError": "errors",
     "QRAGModel": "model",
     "QRAGRetriever": "retriever",
