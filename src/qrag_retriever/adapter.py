@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self, TypedDict, Unpack
 
+from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel, resolve_model
 from qrag_retriever.search import SearchOptions
+from qrag_retriever.second_stage import SecondStage
 
 if TYPE_CHECKING:
     from qrag_retriever.trajectory import Step, Trajectory
@@ -74,7 +77,7 @@ def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = resolve_aliases(settings)
     index = result.get("index")
-    if isinstance(index, ChunkIndex) and result.get("model") is None:
+    if isinstance(index, Corpus) and result.get("model") is None:
         result["model"] = index.model
     model = result.get("model")
     if isinstance(model, QRAGModel):
@@ -92,7 +95,7 @@ class RetrieverAdapter:
     """
 
     if TYPE_CHECKING:
-        index: ChunkIndex
+        index: Corpus
         model: QRAGModel
         k: int
         filter: Any
@@ -169,6 +172,45 @@ class RetrieverAdapter:
             documents, model=resolve_model(settings.pop("model")), show_progress=show_progress
         )
         return cls(index=index, **settings)  # type: ignore[call-arg]
+
+    @classmethod
+    def from_retriever(
+        cls,
+        base: Any,
+        *,
+        model: QRAGModel | str | Path | None = None,
+        candidates: int = 100,
+        cache_size: int = 10_000,
+        **settings: Any,
+    ) -> Self:
+        """A second stage: multi-step selection among what another retriever finds.
+
+        Documents and nodes come out as the other retriever returned them. A filter and
+        ``exclude_ids`` act on what it returns.
+
+        Args:
+            base: A LangChain or LlamaIndex retriever, or any LangChain runnable from a query to
+                Documents. A retriever that can only be asked asynchronously serves the
+                asynchronous methods.
+            model: See `from_texts`; needs ``positions="none"`` and ``state_order="retrieval"``.
+            candidates: How many to ask ``base`` for, where it can be told (``k``,
+                ``search_kwargs``, ``similarity_top_k``); of more, the first so many are considered.
+            cache_size: Embeddings of so many texts are kept; the least recently used go first.
+            **settings: Settings of the retriever, such as ``k``.
+
+        Raises:
+            ConfigError: If the model needs to know the order of the document.
+            InvalidInputError: If ``base`` is no retriever or a setting is out of range.
+            ModelFormatError: If the model cannot be loaded.
+        """
+        settings = resolve_aliases({"model": model, **settings})
+        stage = SecondStage(
+            base,
+            resolve_model(settings.pop("model")),
+            candidates=candidates,
+            cache_size=cache_size,
+        )
+        return cls(index=stage, **settings)  # type: ignore[call-arg]
 
     def search(self, query: str, **overrides: Unpack[SearchOverrides]) -> Trajectory:
         """Retrieve in several steps and tell why each chunk was chosen.
@@ -293,6 +335,14 @@ class RetrieverAdapter:
         loaded = resolve_model(folder / "model" if given is None else given)
         index = ChunkIndex.load(folder / "index", model=loaded)
         return cls(index=index, **{**saved, **settings})  # type: ignore[call-arg]
+
+    async def _prepared(self, queries: Iterable[str]) -> Self:
+        """This retriever; where another one has to be asked first, a copy that has the answers."""
+        if not isinstance(self.index, SecondStage):
+            return self
+        twin = copy.copy(self)
+        twin.__dict__["index"] = await self.index.fetched(queries)
+        return twin
 
     @property
     def _engine(self) -> MultiStepRetriever:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.scoring import score
 
 # embeddings may be mapped read-only, and nothing here writes into them
@@ -90,8 +89,6 @@ class SnapshotCandidates:
         filter: Any = None,
         exclude_ids: Collection[str] = (),
     ) -> None:
-        if len(snapshot) == 0:
-            raise InvalidInputError("The index holds no chunks; add some before searching.")
         self.snapshot = snapshot
         self.config = model.config
         self.rows = snapshot.select(filter)

@@ -233,11 +233,12 @@ class ChunkIndex(Corpus):
         """See `Corpus`; all queries choose from the chunks of this moment.
 
         Raises:
-            InvalidInputError: If the index is empty, an excluded id is unknown or the filter is
-                malformed.
+            InvalidInputError: See `Corpus`, and if an excluded id is unknown.
         """
         from qrag_retriever.candidates import SnapshotCandidates
 
+        if len(self) == 0:
+            raise InvalidInputError("The index holds no chunks; add some before searching.")
         own = SnapshotCandidates(
             self._snapshot, model, options, filter=filter, exclude_ids=exclude_ids
         )
