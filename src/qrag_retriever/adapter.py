@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self, TypedDict, Unpack
 
+from qrag_retriever.constructors import Constructors, resolve_aliases
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError
@@ -21,8 +22,6 @@ from qrag_retriever.second_stage import SecondStage
 
 if TYPE_CHECKING:
     from qrag_retriever.trajectory import Step, Trajectory
-
-ALIASES = {"similarity_top_k": "k", "filters": "filter", "embed_model": "model"}
 
 # settings of a retriever that are handed to `SearchOptions`, and what a single call may add
 SEARCH_SETTINGS = ("k", "q_threshold", "beams", "temperature", "seed", "chunks_per_step")
@@ -48,27 +47,6 @@ class SearchOverrides(TypedDict, total=False):
     keep_q_values: bool
 
 
-def resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the other framework's names by ours (``similarity_top_k`` is ``k``).
-
-    Raises:
-        InvalidInputError: If both names are given with different values.
-    """
-    result = dict(settings)
-    for alias, name in ALIASES.items():
-        if alias in result:
-            value = result.pop(alias)
-            if value is None:
-                continue
-            if result.get(name) is not None and result[name] != value:
-                raise InvalidInputError(
-                    f"{alias}={value!r} and {name}={result[name]!r} are one setting under two "
-                    "names; give one of them."
-                )
-            result[name] = value
-    return result
-
-
 def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under our names, with what follows from the index and the model filled in.
 
@@ -87,7 +65,7 @@ def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-class RetrieverAdapter:
+class RetrieverAdapter(Constructors):
     """Everything a retriever does that is no framework's business.
 
     A class that inherits from it has the attributes ``index``, ``model``, ``filter`` and
@@ -117,100 +95,6 @@ class RetrieverAdapter:
     @filters.setter
     def filters(self, value: Any) -> None:
         self.filter = value
-
-    @classmethod
-    def from_texts(
-        cls,
-        texts: Iterable[str],
-        metadatas: Iterable[Mapping[str, Any] | None] | None = None,
-        ids: Iterable[str | None] | None = None,
-        *,
-        model: QRAGModel | str | Path | None = None,
-        show_progress: bool = False,
-        **settings: Any,
-    ) -> Self:
-        """A retriever over texts, in document order.
-
-        Args:
-            texts: The chunks.
-            metadatas: One mapping a chunk, what filters look at.
-            ids: One id a chunk; left out, they are made from the texts.
-            model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
-                ``None``: all-MiniLM-L6-v2.
-            show_progress: Show a progress bar while the chunks are embedded.
-            **settings: Settings of the retriever, such as ``k``.
-
-        Raises:
-            InvalidInputError: If there is no text, or ids and metadatas do not match.
-            ModelFormatError: If the model cannot be loaded.
-        """
-        settings = resolve_aliases({"model": model, **settings})
-        index = ChunkIndex.from_texts(
-            texts,
-            metadatas,
-            ids,
-            model=resolve_model(settings.pop("model")),
-            show_progress=show_progress,
-        )
-        return cls(index=index, **settings)  # type: ignore[call-arg]
-
-    @classmethod
-    def from_documents(
-        cls,
-        documents: Iterable[Any],
-        *,
-        model: QRAGModel | str | Path | None = None,
-        show_progress: bool = False,
-        **settings: Any,
-    ) -> Self:
-        """A retriever over LangChain Documents, LlamaIndex nodes, texts or chunks, also mixed.
-
-        Arguments and errors as `from_texts`.
-        """
-        settings = resolve_aliases({"model": model, **settings})
-        index = ChunkIndex.from_documents(
-            documents, model=resolve_model(settings.pop("model")), show_progress=show_progress
-        )
-        return cls(index=index, **settings)  # type: ignore[call-arg]
-
-    @classmethod
-    def from_retriever(
-        cls,
-        base: Any,
-        *,
-        model: QRAGModel | str | Path | None = None,
-        candidates: int = 100,
-        cache_size: int = 10_000,
-        **settings: Any,
-    ) -> Self:
-        """A second stage: multi-step selection among what another retriever finds.
-
-        Documents and nodes come out as the other retriever returned them. A filter and
-        ``exclude_ids`` act on what it returns.
-
-        Args:
-            base: A LangChain or LlamaIndex retriever, or any LangChain runnable from a query to
-                Documents. A retriever that can only be asked asynchronously serves the
-                asynchronous methods.
-            model: See `from_texts`; needs ``positions="none"`` and ``state_order="retrieval"``.
-            candidates: How many to ask ``base`` for, where it can be told (``k``,
-                ``search_kwargs``, ``similarity_top_k``); of more, the first so many are considered.
-            cache_size: Embeddings of so many texts are kept; the least recently used go first.
-            **settings: Settings of the retriever, such as ``k``.
-
-        Raises:
-            ConfigError: If the model needs to know the order of the document.
-            InvalidInputError: If ``base`` is no retriever or a setting is out of range.
-            ModelFormatError: If the model cannot be loaded.
-        """
-        settings = resolve_aliases({"model": model, **settings})
-        stage = SecondStage(
-            base,
-            resolve_model(settings.pop("model")),
-            candidates=candidates,
-            cache_size=cache_size,
-        )
-        return cls(index=stage, **settings)  # type: ignore[call-arg]
 
     def search(self, query: str, **overrides: Unpack[SearchOverrides]) -> Trajectory:
         """Retrieve in several steps and tell why each chunk was chosen.

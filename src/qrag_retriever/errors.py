@@ -38,6 +38,10 @@ class FingerprintMismatchError(IndexFormatError):
     """An index whose embeddings were made by another model than the one given."""
 
 
+class VectorStoreError(QRAGError):
+    """A vector store that fails, cannot serve, or returns what cannot be used."""
+
+
 class MissingDependencyError(QRAGError, ImportError):
     """An optional package is needed and not installed; the message names the extra."""
 

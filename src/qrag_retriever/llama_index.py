@@ -17,13 +17,12 @@ from llama_index.core.schema import BaseNode, IndexNode, NodeWithScore, QueryBun
 from typing_extensions import Self
 
 from qrag_retriever.adapter import (
-    ALIASES,
     SEARCH_SETTINGS,
     RetrieverAdapter,
     fill_in,
-    resolve_aliases,
     step_data,
 )
+from qrag_retriever.constructors import ALIASES, resolve_aliases
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.index import ChunkIndex
