@@ -1,4 +1,4 @@
-"""Vector stores of real engines in local mode, filled the usual way with the small corpus."""
+"""Vector stores of real engines in local mode, filled the usual way with a corpus of 48 chunks."""
 
 from __future__ import annotations
 
@@ -10,22 +10,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from corpus import TEXTS
 from langchain_core.documents import Document
 
 from qrag_retriever import QRAGEmbedding, QRAGEmbeddings
 
+TEXTS = [
+    f"{who} {did} the {what}."
+    for what in ("garden", "kitchen", "office", "hallway")
+    for did in ("went to", "came from", "ran through")
+    for who in ("Mary", "John", "Sandra", "Daniel")
+]
 IDS = [str(uuid.uuid5(uuid.NAMESPACE_URL, text)) for text in TEXTS]
-# numbered as one document, and as two: five chunks of one, then four of another
-METADATAS = [
+# numbered as one document, and as two of 30 and 18 chunks
+METADATAS: list[dict[str, Any]] = [
     {
         "tenant": "ab"[number % 2],
         "number": number,
-        "book": "one" if number < 5 else "two",
-        "place": number % 5,
+        "book": "one" if number < 30 else "two",
+        "place": number % 30,
     }
     for number in range(len(TEXTS))
 ]
+
+
+def _made(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)  # Milvus Lite wants it to be there
+    return str(folder)
+
+
 _NAMES = (f"chunks{number}" for number in itertools.count())
 
 
@@ -98,7 +110,7 @@ def langchain_milvus(model: Any, folder: Path, items: Any, metric: str = "ip") -
     made = store.Milvus(
         QRAGEmbeddings(model),
         collection_name=next(_NAMES),
-        connection_args={"uri": str(folder / "milvus.db")},
+        connection_args={"uri": _made(folder) + "/milvus.db"},
         index_params={"index_type": "FLAT", "metric_type": metric.upper()},
         auto_id=False,
     )
@@ -201,8 +213,9 @@ def llama_qdrant(model: Any, folder: Path, items: Any, metric: str = "ip") -> An
     distance = {"ip": "Dot", "cosine": "Cosine", "l2": "Euclid"}[metric]
     settings = models.VectorParams(size=model.dimension, distance=models.Distance(distance))
     client = QdrantClient(path=str(folder / "qdrant"))
-    made = module.QdrantVectorStore(next(_NAMES), client, dense_config=settings)
-    client.create_collection(made.collection_name, settings)
+    name = next(_NAMES)
+    client.create_collection(name, settings)
+    made = module.QdrantVectorStore(name, client, dense_config=settings)
     in_llama_index(made, model, items)
     return made
 
@@ -210,7 +223,7 @@ def llama_qdrant(model: Any, folder: Path, items: Any, metric: str = "ip") -> An
 def llama_milvus(model: Any, folder: Path, items: Any, metric: str = "ip") -> Any:
     module = pytest.importorskip("llama_index.vector_stores.milvus")
     made = module.MilvusVectorStore(
-        str(folder / "milvus.db"),
+        _made(folder) + "/milvus.db",
         collection_name=next(_NAMES),
         dim=model.dimension,
         similarity_metric=metric.upper(),

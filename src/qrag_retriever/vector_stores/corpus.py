@@ -197,11 +197,13 @@ class _StoreCandidates:
     def _checked_count(self) -> int:
         """How many chunks there are, if their numbers are those from 0."""
         n = self._store.count()
-        inside = self._store.count((0, n)) if n else 0
-        if inside < n:
-            raise VectorStoreError(
-                f"{self._store.kind}: of the {n} chunks that may be seen, {n - inside} have no "
-                f"number from 0 to {n - 1} under {self._store.number_key!r}. Number the chunks of "
-                "each document from 0 without gaps, and filter for one document."
-            )
+        for low in (0, n // 2):  # numbers that are there twice leave gaps elsewhere
+            inside = self._store.count((low, n)) if n else 0
+            if inside != n - low:
+                raise VectorStoreError(
+                    f"{self._store.kind}: of the {n} chunks that may be seen, {inside} have a "
+                    f"number from {low} to {n - 1} under {self._store.number_key!r}. Each must have"
+                    " a number of its own, from 0 without gaps: number the chunks of each document "
+                    "so, and filter for one document."
+                )
         return n

@@ -72,7 +72,7 @@ class LangChainQdrant(_Qdrant):
     def _translated(self, filter: Any) -> Sequence[Any]:
         if not isinstance(filter, models.Filter):
             raise TypeError
-        return [filter] if filter.model_dump(exclude_none=True) else []
+        return [filter] if any(filter.model_dump().values()) else []
 
     def _chunk(self, point: Any) -> Chunk:
         text = (point.payload or {}).get(self._store.content_payload_key)

@@ -138,8 +138,8 @@ class Store(ABC):
         if len(hits) < wanted:
             raise VectorStoreError(
                 f"{self.kind} returned {len(hits)} of {wanted} chunks with numbers from {low} to "
-                f"{high - 1}. Either the store changed during the search, or its approximate index "
-                "looks at too few chunks; search again, or raise its search breadth (ef, nprobe)."
+                f"{high - 1}. Either the numbers have gaps, or the store changed during the search,"
+                " or its approximate index looks at too few chunks (raise its ef or nprobe)."
             )
 
     @contextlib.contextmanager
