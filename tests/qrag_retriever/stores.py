@@ -61,13 +61,15 @@ def nodes() -> list[Any]:
 class Engine:
     """How to fill a store, filter it by equality, and take it away.
 
-    ``fill(model, folder, items, metric)``: metric is "ip", "cosine" or "l2".
+    ``fill(model, folder, items, metric)``: metric is "ip", "cosine" or "l2". Portable filters mean
+    what they mean to a `ChunkIndex`.
     """
 
     fill: Callable[..., Any]
     where: Callable[..., Any]
     drop: Callable[[Any], None]
     metrics: tuple[str, ...] = ("cosine", "l2")
+    portable: bool = True
 
 
 def langchain_qdrant(model: Any, folder: Path, items: Any, metric: str = "ip") -> Any:
@@ -214,7 +216,8 @@ def llama_qdrant(model: Any, folder: Path, items: Any, metric: str = "ip") -> An
     settings = models.VectorParams(size=model.dimension, distance=models.Distance(distance))
     client = QdrantClient(path=str(folder / "qdrant"))
     name = next(_NAMES)
-    client.create_collection(name, settings)
+    if not items:  # by another's hand, and without a name for its vectors
+        client.create_collection(name, settings)
     made = module.QdrantVectorStore(name, client, dense_config=settings)
     in_llama_index(made, model, items)
     return made
@@ -252,8 +255,10 @@ def metadata_filters(**values: Any) -> Any:
 
 
 ENGINES = {
-    "langchain-qdrant": Engine(langchain_qdrant, qdrant_filter("metadata."), drop_qdrant),
-    "langchain-milvus": Engine(langchain_milvus, expression, drop_milvus),
+    "langchain-qdrant": Engine(
+        langchain_qdrant, qdrant_filter("metadata."), drop_qdrant, portable=False
+    ),
+    "langchain-milvus": Engine(langchain_milvus, expression, drop_milvus, portable=False),
     "langchain-postgres": Engine(langchain_postgres, mapping, drop_postgres),
     "langchain-chroma": Engine(langchain_chroma, mapping, drop_chroma),
     "langchain-faiss": Engine(langchain_faiss, mapping, drop_faiss, ("l2",)),

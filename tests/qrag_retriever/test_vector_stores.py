@@ -13,8 +13,10 @@ from qrag_retriever.errors import (
     ConfigError,
     FingerprintMismatchError,
     InvalidInputError,
+    QRAGError,
     VectorStoreError,
 )
+from qrag_retriever.filters import compile_filter
 from qrag_retriever.index import ChunkIndex
 
 PLAIN = shared_model()
@@ -135,6 +137,49 @@ def test_filters_add_up_and_never_widen(filled):
     assert {step.metadata["tenant"] for step in twin.search(QUERY)} == {"a"}
 
 
+def hostile(name):
+    """Filters that would let other tenants in, were they not added to the store's own."""
+    if name in ("langchain-postgres", "langchain-chroma", "langchain-faiss"):
+        return [{"$or": [{"tenant": "b"}, {"number": {"$gte": 0}}]}, {"number": {"$gte": 0}}]
+    if name == "langchain-milvus":
+        return ['tenant == "b" or number >= 0', "number >= 0", '(tenant == "b") or (tenant != "")']
+    if name == "langchain-qdrant":
+        from qdrant_client import models
+
+        tenant = models.FieldCondition(key="metadata.tenant", match=models.MatchValue(value="b"))
+        every = models.FieldCondition(key="metadata.number", range=models.Range(gte=0))
+        return [models.Filter(should=[tenant, every]), models.Filter(must_not=[tenant])]
+    from llama_index.core.vector_stores import FilterCondition, FilterOperator
+    from llama_index.core.vector_stores import MetadataFilter as Test
+    from llama_index.core.vector_stores import MetadataFilters as Tests
+
+    b, every = Test(key="tenant", value="b"), Test(key="number", value=0, operator=">=")
+    return [
+        Tests(filters=[b, every], condition=FilterCondition.OR),
+        Tests(filters=[b], condition=FilterCondition.NOT),
+        Tests(filters=[every, Test(key="tenant", value=None)]),
+        Tests(filters=[every, Test(key="tenant", value="x\\' or tenant != '")]),
+        Tests(filters=[Test(key="tenant", value="b", operator=FilterOperator.NE)]),
+        Tests(filters=[Test(key="tenant", value="' or tenant like '", operator="text_match")]),
+    ]
+
+
+def test_no_filter_lets_another_tenant_in(filled, request):
+    store, own, _ = filled
+    tenant = over(store, k=20, filter=own.where(tenant="a"))
+    found = 0
+    for own_filter in hostile(request.node.callspec.id):
+        passes = compile_filter(own_filter) if own.portable else lambda chunk: True
+        try:
+            steps = tenant.search(QUERY, filter=own_filter).steps
+        except QRAGError:
+            continue
+        found += len(steps)
+        assert {step.metadata["tenant"] for step in steps} <= {"a"}
+        assert all(passes(step.chunk) for step in steps)
+    assert found  # some of these filters are in order
+
+
 def test_positions_within_one_document(filled, request):
     store, own, items = filled
     retriever = over(store, RELATIVE, k=4, number_key="place", filter=own.where(book="two"))
@@ -188,7 +233,7 @@ def test_other_models_dimensions_and_empty_stores(engine, tmp_path):
     with pytest.raises(FingerprintMismatchError, match="another model"):
         over(own.fill(other, tmp_path / "a", items))
     # LangChain makes a collection of Milvus with the first chunk
-    with pytest.raises((InvalidInputError, VectorStoreError), match="no chunks|no collection"):
+    with pytest.raises((InvalidInputError, VectorStoreError), match=r"no chunks|no collection"):
         over(own.fill(PLAIN, tmp_path / "b", []))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -20,11 +21,14 @@ class _Qdrant(FilteredStore):
 
     kind = "Qdrant"
 
-    def __init__(self, store: Any, number_key: str | None, vector: str | None, path: str) -> None:
+    def __init__(self, store: Any, number_key: str | None, path: str) -> None:
         super().__init__(number_key)
         self._store = store
-        self._vector = vector
         self._path = path
+
+    @property
+    @abstractmethod
+    def _vector(self) -> str | None: ...
 
     @abstractmethod
     def _chunk(self, point: Any) -> Chunk: ...
@@ -67,7 +71,12 @@ class LangChainQdrant(_Qdrant):
     allowed = "a qdrant_client.models.Filter"
 
     def __init__(self, store: Any, number_key: str | None) -> None:
-        super().__init__(store, number_key, store.vector_name, f"{store.metadata_payload_key}.")
+        super().__init__(store, number_key, f"{store.metadata_payload_key}.")
+
+    @property
+    def _vector(self) -> str | None:
+        name: str = self._store.vector_name
+        return name
 
     def _translated(self, filter: Any) -> Sequence[Any]:
         if not isinstance(filter, models.Filter):
@@ -89,8 +98,14 @@ class LlamaIndexQdrant(MetadataFiltered, _Qdrant):
     """``llama_index.vector_stores.qdrant.QdrantVectorStore``, filtered by ``MetadataFilters``."""
 
     def __init__(self, store: Any, number_key: str | None, index: Any = None) -> None:  # noqa: ARG002
-        vector = store.dense_vector_name or None
-        super().__init__(store, number_key, vector, "")
+        super().__init__(store, number_key, "")
+
+    @functools.cached_property
+    def _vector(self) -> str | None:
+        # LlamaIndex itself looks whether vectors have names, but only when it adds or asks
+        found = self._store.client.get_collection(self._store.collection_name)
+        named = isinstance(found.config.params.vectors, dict)
+        return self._store.dense_vector_name if named else None
 
     def _native(self, query: Any) -> Sequence[Any]:
         condition = self._store._build_query_filter(query)  # noqa: SLF001 (no public way)
