@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tempfile
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -138,7 +139,7 @@ def langchain_postgres(model: Any, folder: Path, items: Any, metric: str = "ip")
     from langchain_postgres.v2.indexes import DistanceStrategy
 
     if not _POSTGRES:  # one server for all tests: it takes seconds to start
-        server = pgserver.get_server(folder / "postgres")
+        server = pgserver.get_server(tempfile.mkdtemp(prefix="postgres-"), cleanup_mode="delete")
         server.psql("CREATE EXTENSION IF NOT EXISTS vector")
         uri = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
         _POSTGRES.extend([langchain.PGEngine.from_connection_string(uri), server])

@@ -222,8 +222,10 @@ def test_filters_that_are_none_or_of_another_kind(filled):
             over(store).search(QUERY, filter=wrong)
 
 
-def test_other_models_dimensions_and_empty_stores(engine, tmp_path):
+def test_other_models_dimensions_and_empty_stores(engine, tmp_path, tiny_model):
     own, items = engine
+    with pytest.raises(VectorStoreError, match="16"):
+        over(own.fill(tiny_model, tmp_path / "c", items[:8]))
     other = make_model(scale=0.25)
     with pytest.raises(FingerprintMismatchError, match="another model"):
         over(own.fill(other, tmp_path / "a", items[:8]))

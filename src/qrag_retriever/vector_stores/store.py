@@ -75,12 +75,13 @@ class Store(ABC):
             return self._narrowed(filter)
 
     def search(self, requests: Sequence[Request]) -> list[list[Hit]]:
-        """What is found for each request, best first.
+        """What is found for each request, at least one, best first.
 
         Raises:
             VectorStoreError: If the store fails, or returns what cannot be used.
         """
-        with self._own_errors("failed in a search"):
+        size = len(requests[0].vector)
+        with self._own_errors(f"failed in a search with vectors of {size} dimensions"):
             found = self._search(requests)
         for request, hits in zip(requests, found, strict=True):
             self._check(request, hits)
@@ -152,5 +153,5 @@ class Store(ABC):
             reason = str(error) or type(error).__name__
             raise VectorStoreError(
                 f"{self.kind} {failed}: {reason}. See that it is reachable, that the collection is "
-                "there and its vectors have the model's dimension."
+                "there and that this model filled it."
             ) from error
