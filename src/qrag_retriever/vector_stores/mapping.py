@@ -66,7 +66,7 @@ class LangChainPostgres(_MappingStore):
 
     def _found(self, vector: list[float], limit: int, where: Any) -> Sequence[tuple[Any, float]]:
         found: list[tuple[Any, float]] = self._store.similarity_search_with_score_by_vector(
-            vector, k=limit, filter=where
+            vector, k=limit, filter=where, hybrid_search_config=None
         )
         return found
 
