@@ -75,7 +75,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         seed: Seed of those draws.
         chunks_per_step: Chunks taken from one state.
         filter: Which chunks are candidates: metadata mapping, ``MetadataFilters`` or a callable on
-            `Chunk`; also known as ``filters``.
+            `Chunk`; over a vector store what that understands. Also known as ``filters``.
         score_key: Store Q in each Document's metadata under this key. Off by default: retrievers
             that merge results tell equal Documents by their metadata.
 

@@ -171,7 +171,7 @@ class QRAGRetriever(LlamaIndexHooks):
         seed: Seed of those draws.
         chunks_per_step: Chunks taken from one state.
         filters: Which chunks are candidates: ``MetadataFilters``, metadata mapping or a callable on
-            `Chunk`; also known as ``filter``.
+            `Chunk`; over a vector store what that understands. Also known as ``filter``.
         callback_manager: LlamaIndex's callback manager.
         object_map: Objects that index nodes stand for, by id.
         objects: Index nodes with their objects, instead of ``object_map``.

@@ -15,6 +15,7 @@ from llama_index.core.schema import TextNode
 from qrag_retriever import QRAGEmbeddings, QRAGRetriever
 from qrag_retriever.chunk import Chunk
 from qrag_retriever.errors import (
+    ConfigError,
     FingerprintMismatchError,
     InvalidInputError,
     QRAGError,
@@ -162,6 +163,21 @@ def test_one_search_a_step_for_all_queries_and_beams(over):
         assert store.searches == 0  # a search looks at a view of its own
 
 
+def test_states_in_document_order(over):
+    model = make_model(state_order="document")
+    oracle = QRAGRetriever(index=make_index(model), k=5)
+    for query in QUERIES:
+        found = over(Memory(), model, k=5).search(query)
+        assert found.chunk_ids == oracle.search(query).chunk_ids
+    nameless = Memory()
+    nameless.number_key = None
+    with pytest.raises(ConfigError, match="give the key as number_key"):
+        over(nameless, model)
+    found = over(nameless, k=5).search(QUERY)
+    assert found.chunk_ids == over(Memory(), k=5).search(QUERY).chunk_ids
+    assert [step.index for step in found] == [-1] * 5
+
+
 def test_what_fails_is_our_error_with_the_cause(over):
     store = Memory()
     store.error = ConnectionError("no route")
@@ -219,6 +235,8 @@ class Client:
 
 def test_expressions_cannot_leave_their_brackets():
     client = Client()
+    with pytest.raises(InvalidInputError, match="not a field name"):
+        LangChainMilvus(client, "number) or (1 == 1")
     tenant = LangChainMilvus(client, "number").narrowed('tenant == "a"')
     narrowed = tenant.narrowed('(x == ")\\"" or y == \'(\') and z in ["(", \'"\']')
     narrowed.count((2, 5))

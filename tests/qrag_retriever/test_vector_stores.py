@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import faiss
 import pytest
 from corpus import QUERIES, QUERY, make_model, shared_model
+from llama_index.core import VectorStoreIndex
 from stores import ENGINES, documents, items_for
 
-from qrag_retriever import QRAGRetriever, langchain, llama_index
+from qrag_retriever import QRAGEmbedding, QRAGRetriever, langchain, llama_index
 from qrag_retriever.errors import (
     ConfigError,
     FingerprintMismatchError,
@@ -275,3 +277,43 @@ def test_chunks_added_later_are_found(name, tmp_path):
     kept = [item for item in items if item.id not in retriever.search(QUERY).chunk_ids[:2]]
     store.delete(retriever.search(QUERY).chunk_ids[:2])
     check(retriever.search(QUERY), local(kept, k=5).search(QUERY))
+
+
+def test_a_llama_index_over_a_store_takes_its_place(tmp_path):
+    own, items = ENGINES["llama-index-qdrant"], items_for("llama-index-qdrant")[:8]
+    store = own.fill(PLAIN, tmp_path, items)
+    index = VectorStoreIndex.from_vector_store(store, embed_model=QRAGEmbedding(PLAIN))
+    check(over(index, k=4).search(QUERY), local(items, k=4).search(QUERY))
+
+
+def test_llama_index_faiss_without_its_texts(tmp_path):
+    own, items = ENGINES["llama-index-faiss"], items_for("llama-index-faiss")[:8]
+    index = own.fill(PLAIN, tmp_path, items)
+    with pytest.raises(VectorStoreError, match="give the VectorStoreIndex"):
+        over(index.vector_store)
+
+
+@pytest.mark.parametrize("kind", ["HNSW32,Flat", "IVF2,Flat"])
+def test_approximate_faiss_indexes(kind, tmp_path):
+    own, items = ENGINES["langchain-faiss"], documents()
+    store = own.fill(PLAIN, tmp_path, [])
+    vectors = PLAIN.encode_actions([item.page_content for item in items])
+    store.index = faiss.index_factory(PLAIN.dimension, kind, faiss.METRIC_INNER_PRODUCT)
+    store.index.train(vectors)
+    if "IVF" in kind:
+        store.index.nprobe = 2
+    store.add_documents(items, ids=[item.id for item in items])
+    for model, chosen in ((PLAIN, None), (RELATIVE, None), (RELATIVE, {"book": "two"})):
+        check(
+            over(store, model).search(QUERY, filter=chosen),
+            local(items, model).search(QUERY, filter=chosen),
+        )
+
+
+def test_points_without_a_text(tmp_path):
+    own, items = ENGINES["langchain-qdrant"], documents()[:8]
+    store = own.fill(PLAIN, tmp_path, items)
+    retriever = over(store, k=8)
+    store.client.delete_payload(store.collection_name, ["page_content"], points=[items[3].id])
+    with pytest.raises(VectorStoreError, match="without a text under 'page_content'"):
+        retriever.search(QUERY)

@@ -71,8 +71,7 @@ class _Faiss(Store):
         limit = min(request.limit, self._count(request.numbers))
         if limit == 0:
             return []
-        chosen = self._selector(request.numbers)
-        settings = {} if chosen is None else {"params": faiss.SearchParameters(sel=chosen)}  # type: ignore[call-arg]
+        settings = self._settings(request.numbers)
         scores, rows = self._index.search(request.vector[None], limit, **settings)
         hits = []
         for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True):
@@ -87,10 +86,20 @@ class _Faiss(Store):
             hits.append(Hit(chunk, number, score))
         return hits
 
-    def _selector(self, numbers: tuple[int, int] | None) -> Any:
+    def _settings(self, numbers: tuple[int, int] | None) -> dict[str, Any]:
+        """What tells FAISS which rows to look at; nothing for all."""
+        chosen: Any
         if self._rows is not None:
-            return faiss.IDSelectorBatch(self._rows[slice(*numbers) if numbers else slice(None)])
-        return None if numbers is None else faiss.IDSelectorRange(*numbers)
+            chosen = faiss.IDSelectorBatch(self._rows[slice(*numbers) if numbers else slice(None)])
+        elif numbers is not None:
+            chosen = faiss.IDSelectorRange(*numbers)
+        else:
+            return {}
+        index: Any = faiss.downcast_index(self._index)
+        kind: Any = faiss.SearchParameters
+        if isinstance(index, faiss.IndexIVF):  # accepts its own kind of parameters alone
+            kind = functools.partial(faiss.SearchParametersIVF, nprobe=index.nprobe)
+        return {"params": kind(sel=chosen)}
 
 
 class LangChainFaiss(_Faiss):
