@@ -96,10 +96,10 @@ class _Faiss(Store):
         else:
             return {}
         index: Any = faiss.downcast_index(self._index)
-        kind: Any = faiss.SearchParameters
-        if isinstance(index, faiss.IndexIVF):  # accepts its own kind of parameters alone
-            kind = functools.partial(faiss.SearchParametersIVF, nprobe=index.nprobe)
-        return {"params": kind(sel=chosen)}
+        # one with inverted lists accepts its own kind of parameters alone
+        lists = {"nprobe": index.nprobe} if isinstance(index, faiss.IndexIVF) else {}
+        kind: Any = faiss.SearchParametersIVF if lists else faiss.SearchParameters
+        return {"params": kind(sel=chosen, **lists)}
 
 
 class LangChainFaiss(_Faiss):
