@@ -178,6 +178,28 @@ def test_states_in_document_order(over):
     assert [step.index for step in found] == [-1] * 5
 
 
+@pytest.mark.parametrize("model", [PLAIN, RELATIVE], ids=["none", "relative"])
+def test_excluded_ids(over, model):
+    oracle = QRAGRetriever(index=make_index(model), k=3)
+    best = oracle.search(QUERY, k=5).chunk_ids
+    for ids in (best[:1], best[:4]):
+        found = over(Memory(), model, k=3).search(QUERY, exclude_ids=[*ids, "elsewhere"])
+        assert found.chunk_ids == oracle.search(QUERY, exclude_ids=ids).chunk_ids
+        assert not set(found.chunk_ids) & set(ids)
+
+
+def test_equal_chunks_come_in_document_order(over):
+    chunks = [
+        *CHUNKS,
+        *(Chunk(f"again-{c.id}", c.text, {"number": 9 + i}) for i, c in enumerate(CHUNKS)),
+    ]
+    oracle = QRAGRetriever(index=ChunkIndex.from_documents(chunks, model=PLAIN), k=6)
+    vectors = PLAIN.encode_actions(TEXTS)
+    store = Memory(chunks[::-1], np.concatenate([vectors, vectors])[::-1])
+    found = over(store, k=6).search(QUERY, runners_up=18)  # so that all are seen together
+    assert found.chunk_ids == oracle.search(QUERY).chunk_ids
+
+
 def test_what_fails_is_our_error_with_the_cause(over):
     store = Memory()
     store.error = ConnectionError("no route")

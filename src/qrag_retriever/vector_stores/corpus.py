@@ -189,7 +189,7 @@ class _StoreCandidates:
         ]
 
     def _take_in(self, new: dict[str, Hit]) -> None:
-        """Number new chunks; of equal Q the first in the document has the lower number."""
+        """Number chunks seen together in document order: of equal Q the lower number wins."""
         for hit in sorted(new.values(), key=lambda hit: hit.number or 0):
             self._number_of[hit.chunk.id] = len(self._seen)
             self._seen.append(hit)
