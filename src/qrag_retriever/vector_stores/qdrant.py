@@ -7,8 +7,6 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-from qdrant_client import models
-
 from qrag_retriever.chunk import Chunk
 from qrag_retriever.errors import VectorStoreError
 from qrag_retriever.vector_stores.filtered import FilteredStore
@@ -34,13 +32,19 @@ class _Qdrant(FilteredStore):
     def _chunk(self, point: Any) -> Chunk: ...
 
     def _range(self, low: int, high: int) -> Sequence[Any]:
+        from qdrant_client import models
+
         key = f"{self._path}{self.number_key}"
         return [models.FieldCondition(key=key, range=models.Range(gte=low, lt=high))]
 
     def _joined(self, conditions: Sequence[Any]) -> Any:
+        from qdrant_client import models
+
         return models.Filter(must=list(conditions))
 
     def _search(self, requests: Sequence[Request]) -> list[list[Hit]]:
+        from qdrant_client import models
+
         responses = self._store.client.query_batch_points(
             self._store.collection_name,
             [
@@ -79,6 +83,8 @@ class LangChainQdrant(_Qdrant):
         return name
 
     def _translated(self, filter: Any) -> Sequence[Any]:
+        from qdrant_client import models
+
         if not isinstance(filter, models.Filter):
             raise TypeError
         return [filter] if any(filter.model_dump().values()) else []
