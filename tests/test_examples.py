@@ -56,6 +56,20 @@ def test_llama_index_engine_reports_its_steps(tmp_path):
     assert "That was Flint's treasure" in answer
 
 
+def test_a_vector_database_gives_the_same_steps(tmp_path):
+    pytest.importorskip("langchain_qdrant")
+    first = run("vector_store.py", folder=tmp_path)
+    several, half, second = first.split("--- ")[1:]
+    for evidence in ("Ben Gunn", "That was Flint's treasure"):
+        assert evidence in several
+        assert evidence in second
+    numbers = [int(line.split()[3]) for line in half.splitlines() if line[:4].strip().isdigit()]
+    assert len(numbers) == 4
+    assert max(numbers) < 400
+    # the second run finds the collection and asks it the same
+    assert run("vector_store.py", folder=tmp_path) == first
+
+
 def test_finetuning_ends_with_a_model_in_both_frameworks(tmp_path):
     out = run("finetune_on_your_corpus.py", "--updates", "2", folder=tmp_path)
     parts = out.split("--- ")

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from qrag_retriever.engine import MultiStepRetriever
     from qrag_retriever.errors import QRAGError
     from qrag_retriever.index import ChunkIndex
+    from qrag_retriever.langchain_compressor import QRAGDocumentCompressor
+    from qrag_retriever.langchain_embeddings import QRAGEmbeddings
+    from qrag_retriever.llama_index_embedding import QRAGEmbedding
+    from qrag_retriever.llama_index_postprocessor import QRAGNodePostprocessor
     from qrag_retriever.model import QRAGModel
     from qrag_retriever.retriever import QRAGRetriever
     from qrag_retriever.search import SearchOptions
@@ -26,8 +30,12 @@ __all__ = [
     "ChunkIndex",
     "MultiStepRetriever",
     "QRAGConfig",
+    "QRAGDocumentCompressor",
+    "QRAGEmbedding",
+    "QRAGEmbeddings",
     "QRAGError",
     "QRAGModel",
+    "QRAGNodePostprocessor",
     "QRAGRetriever",
     "SearchOptions",
     "Step",
@@ -40,8 +48,12 @@ _HOME = {
     "ChunkIndex": "index",
     "MultiStepRetriever": "engine",
     "QRAGConfig": "config",
+    "QRAGDocumentCompressor": "langchain_compressor",
+    "QRAGEmbedding": "llama_index_embedding",
+    "QRAGEmbeddings": "langchain_embeddings",
     "QRAGError": "errors",
     "QRAGModel": "model",
+    "QRAGNodePostprocessor": "llama_index_postprocessor",
     "QRAGRetriever": "retriever",
     "SearchOptions": "search",
     "Step": "trajectory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self, TypedDict, Unpack
 
+from qrag_retriever.constructors import Constructors, resolve_aliases
+from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel, resolve_model
 from qrag_retriever.search import SearchOptions
+from qrag_retriever.second_stage import SecondStage
 
 if TYPE_CHECKING:
     from qrag_retriever.trajectory import Step, Trajectory
-
-ALIASES = {"similarity_top_k": "k", "filters": "filter", "embed_model": "model"}
 
 # settings of a retriever that are handed to `SearchOptions`, and what a single call may add
 SEARCH_SETTINGS = ("k", "q_threshold", "beams", "temperature", "seed", "chunks_per_step")
@@ -45,27 +47,6 @@ class SearchOverrides(TypedDict, total=False):
     keep_q_values: bool
 
 
-def resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Replace the other framework's names by ours (``similarity_top_k`` is ``k``).
-
-    Raises:
-        InvalidInputError: If both names are given with different values.
-    """
-    result = dict(settings)
-    for alias, name in ALIASES.items():
-        if alias in result:
-            value = result.pop(alias)
-            if value is None:
-                continue
-            if result.get(name) is not None and result[name] != value:
-                raise InvalidInputError(
-                    f"{alias}={value!r} and {name}={result[name]!r} are one setting under two "
-                    "names; give one of them."
-                )
-            result[name] = value
-    return result
-
-
 def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under our names, with what follows from the index and the model filled in.
 
@@ -74,7 +55,7 @@ def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     result = resolve_aliases(settings)
     index = result.get("index")
-    if isinstance(index, ChunkIndex) and result.get("model") is None:
+    if isinstance(index, Corpus) and result.get("model") is None:
         result["model"] = index.model
     model = result.get("model")
     if isinstance(model, QRAGModel):
@@ -84,7 +65,7 @@ def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-class RetrieverAdapter:
+class RetrieverAdapter(Constructors):
     """Everything a retriever does that is no framework's business.
 
     A class that inherits from it has the attributes ``index``, ``model``, ``filter`` and
@@ -92,7 +73,7 @@ class RetrieverAdapter:
     """
 
     if TYPE_CHECKING:
-        index: ChunkIndex
+        index: Corpus
         model: QRAGModel
         k: int
         filter: Any
@@ -114,61 +95,6 @@ class RetrieverAdapter:
     @filters.setter
     def filters(self, value: Any) -> None:
         self.filter = value
-
-    @classmethod
-    def from_texts(
-        cls,
-        texts: Iterable[str],
-        metadatas: Iterable[Mapping[str, Any] | None] | None = None,
-        ids: Iterable[str | None] | None = None,
-        *,
-        model: QRAGModel | str | Path | None = None,
-        show_progress: bool = False,
-        **settings: Any,
-    ) -> Self:
-        """A retriever over texts, in document order.
-
-        Args:
-            texts: The chunks.
-            metadatas: One mapping a chunk, what filters look at.
-            ids: One id a chunk; left out, they are made from the texts.
-            model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
-                ``None``: all-MiniLM-L6-v2.
-            show_progress: Show a progress bar while the chunks are embedded.
-            **settings: Settings of the retriever, such as ``k``.
-
-        Raises:
-            InvalidInputError: If there is no text, or ids and metadatas do not match.
-            ModelFormatError: If the model cannot be loaded.
-        """
-        settings = resolve_aliases({"model": model, **settings})
-        index = ChunkIndex.from_texts(
-            texts,
-            metadatas,
-            ids,
-            model=resolve_model(settings.pop("model")),
-            show_progress=show_progress,
-        )
-        return cls(index=index, **settings)  # type: ignore[call-arg]
-
-    @classmethod
-    def from_documents(
-        cls,
-        documents: Iterable[Any],
-        *,
-        model: QRAGModel | str | Path | None = None,
-        show_progress: bool = False,
-        **settings: Any,
-    ) -> Self:
-        """A retriever over LangChain Documents, LlamaIndex nodes, texts or chunks, also mixed.
-
-        Arguments and errors as `from_texts`.
-        """
-        settings = resolve_aliases({"model": model, **settings})
-        index = ChunkIndex.from_documents(
-            documents, model=resolve_model(settings.pop("model")), show_progress=show_progress
-        )
-        return cls(index=index, **settings)  # type: ignore[call-arg]
 
     def search(self, query: str, **overrides: Unpack[SearchOverrides]) -> Trajectory:
         """Retrieve in several steps and tell why each chunk was chosen.
@@ -293,6 +219,14 @@ class RetrieverAdapter:
         loaded = resolve_model(folder / "model" if given is None else given)
         index = ChunkIndex.load(folder / "index", model=loaded)
         return cls(index=index, **{**saved, **settings})  # type: ignore[call-arg]
+
+    async def _prepared(self, queries: Iterable[str]) -> Self:
+        """This retriever; where another one has to be asked first, a copy that has the answers."""
+        if not isinstance(self.index, SecondStage):
+            return self
+        twin = copy.copy(self)
+        twin.__dict__["index"] = await self.index.fetched(queries)
+        return twin
 
     @property
     def _engine(self) -> MultiStepRetriever:

@@ -58,6 +58,11 @@ class Chunk:
             object.__setattr__(self, "embed_text", self.text)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate(Chunk):
+    """A chunk that another retriever found; ``source`` is what it returned, whatever that was."""
+
+
 def to_chunks(
     items: Iterable[object],
     *,

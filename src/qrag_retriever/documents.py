@@ -41,7 +41,8 @@ def document_from_chunk(chunk: Chunk) -> Document:
     """A new Document for a chunk, whatever the chunk was made from.
 
     Args:
-        chunk: The chunk; its id becomes the Document's.
+        chunk: The chunk; its id becomes the Document's. A `Candidate` gives the Document that was
+            found, which may have none.
 
     Returns:
         A Document that the caller may write into, of the class of the chunk's source if that was a
@@ -54,11 +55,15 @@ def document_from_chunk(chunk: Chunk) -> Document:
     """
     from langchain_core.documents import Document
 
+    from qrag_retriever.chunk import Candidate
+
     fields: dict[str, Any] = {
         "id": chunk.id,
         "page_content": chunk.text,
         "metadata": copy.deepcopy(chunk.metadata),
     }
     if is_document(chunk.source):
+        if isinstance(chunk, Candidate):
+            del fields["id"]
         return chunk.source.model_copy(update=fields)
     return Document(**fields)

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
-from qrag_retriever.scoring import score
-from qrag_retriever.search import Beam, Search, SearchOptions
+from qrag_retriever.search import Search, SearchOptions
 from qrag_retriever.state import check_query
 from qrag_retriever.trajectory import RunnerUp, Step, Trajectory
-
-# embeddings may be mapped read-only, and nothing here writes into them
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", module=__name__)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
-    from qrag_retriever.ann import AnnIndex
-    from qrag_retriever.index import ChunkIndex, Snapshot
+    from qrag_retriever.corpus import Corpus
     from qrag_retriever.model import QRAGModel
 
     OnStep = Callable[[int, Step], None]
@@ -34,13 +26,13 @@ class MultiStepRetriever:
 
     Args:
         model: Encoders and settings.
-        index: Chunks and their action embeddings.
+        index: Where to look for chunks.
 
     Raises:
         FingerprintMismatchError: If the index was made by another model.
     """
 
-    def __init__(self, model: QRAGModel, index: ChunkIndex) -> None:
+    def __init__(self, model: QRAGModel, index: Corpus) -> None:
         if model is not index.model and model.fingerprint != index.fingerprint:
             raise FingerprintMismatchError(
                 f"The index was made by the model {index.fingerprint[:12]}…, the model given is "
@@ -72,7 +64,8 @@ class MultiStepRetriever:
             filter: Which chunks are candidates, see `filters.compile_filter`; positions are
                 counted over these alone.
             exclude_ids: Chunks that are never taken; they keep their place in the document.
-            keep_q_values: Keep Q of every candidate at each step, for `Trajectory.plot`.
+            keep_q_values: Keep Q of every candidate at each step, for `Trajectory.plot`, where it
+                is known.
             on_step: Called with the number of the query and each step, as `stream_batch` gives
                 them.
 
@@ -116,12 +109,12 @@ class MultiStepRetriever:
 
 
 class _Run:
-    """Searches that go step by step together over one snapshot of the index."""
+    """Searches that go step by step together over what the index held at the start."""
 
     def __init__(
         self,
         model: QRAGModel,
-        index: ChunkIndex,
+        index: Corpus,
         queries: Sequence[str],
         options: SearchOptions,
         *,
@@ -135,18 +128,12 @@ class _Run:
             raise InvalidInputError("exclude_ids is a list of ids, not one str; put it in a list.")
         self.model = model
         self.queries = queries
-        self.snapshot: Snapshot = index.snapshot()
-        if len(self.snapshot) == 0:
-            raise InvalidInputError("The index holds no chunks; add some before searching.")
-        self.rows = self.snapshot.select(filter)
-        self.n = len(self.snapshot) if self.rows is None else len(self.rows)
-        excluded = self._numbers([self.snapshot.row_of(chunk_id) for chunk_id in exclude_ids])
-        # what an approximate index is asked for besides the chunks already retrieved
-        self.spare = len(excluded) + options.chunks_per_step
-        self.spare += max(options.beams, options.runners_up)
-        self.actions = self.snapshot.tensor()
+        self.candidates = index.candidates(
+            queries, model, options, filter=filter, exclude_ids=exclude_ids
+        )
         self.searches = [
-            Search(self.n, options, excluded, keep_q_values=keep_q_values) for _ in queries
+            Search(own.n, options, own.excluded, keep_q_values=keep_q_values and own.complete)
+            for own in self.candidates
         ]
         self.reported = [0] * len(queries)
 
@@ -155,10 +142,11 @@ class _Run:
         going = [number for number, search in enumerate(self.searches) if not search.done]
         if not going:
             return False
-        retrieved = [(number, beam) for number in going for beam in self.searches[number].states]
-        states = [(self.queries[number], self._chunks_of(beam)) for number, beam in retrieved]
-        vectors = self.model.encode_states(states)
-        q_values = self._score(vectors, [beam for _, beam in retrieved])
+        beams = [(number, beam) for number in going for beam in self.searches[number].states]
+        vectors = self.model.encode_states(
+            [(self.queries[number], self._texts(number, beam)) for number, beam in beams]
+        )
+        q_values = self._score(vectors, beams)
         start = 0
         for number in going:
             end = start + len(self.searches[number].states)
@@ -173,80 +161,52 @@ class _Run:
                 continue
             picks = search.best.picks
             for place in range(self.reported[number], len(picks)):
-                yield number, self._step(search.best, place)
+                yield number, self._step(number, place)
             self.reported[number] = len(picks)
 
     def trajectory(self, number: int) -> Trajectory:
         """The outcome of one search."""
-        best = self.searches[number].best
+        best, own = self.searches[number].best, self.candidates[number]
         return Trajectory(
             query=self.queries[number],
-            steps=tuple(self._step(best, place) for place in range(len(best.picks))),
+            steps=tuple(self._step(number, place) for place in range(len(best.picks))),
             stopped=best.stopped or "budget",
-            n_candidates=self.n,
+            n_candidates=own.n,
             q_values=best.q_values,
-            candidates=self.rows,
+            candidates=own.rows,
         )
 
     def _score(
-        self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
-    ) -> NDArray[np.float32]:
-        if self.snapshot.ann is not None:
-            return self._score_nearest(self.snapshot.ann, states, retrieved)
-        config = self.model.config
-        return score(
-            torch.from_numpy(states),
-            self.actions,
-            retrieved,
-            config.position_scheme,
-            rows=self.rows,
-            base=config.rotary_base,
-        ).numpy()
+        self, states: NDArray[np.float32], beams: Sequence[tuple[int, Sequence[int]]]
+    ) -> list[NDArray[np.float32]]:
+        """Q for each state, together for those that choose from the same candidates."""
+        q_values: dict[int, NDArray[np.float32]] = {}
+        for own in {id(own): own for own in self.candidates}.values():
+            places = [
+                place for place, (number, _) in enumerate(beams) if self.candidates[number] is own
+            ]
+            if places:
+                found = own.score(states[places], [beams[place][1] for place in places])
+                q_values.update(zip(places, found, strict=True))
+        return [q_values[place] for place in range(len(beams))]
 
-    def _score_nearest(
-        self, ann: AnnIndex, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
-    ) -> NDArray[np.float32]:
-        """Exact Q of the chunks an approximate index finds; ``-inf`` for all others."""
-        q_values = np.full((len(states), self.n), -np.inf, dtype=np.float32)
-        count = self.spare + max(map(len, retrieved))
-        found = ann.search(states, count, self.rows)
-        for q, state, rows in zip(q_values, states, found, strict=True):
-            q[self._numbers(rows)] = self.snapshot.embeddings[rows] @ state
-        return q_values
-
-    def _chunks_of(self, retrieved: Sequence[int]) -> list[str]:
+    def _texts(self, number: int, retrieved: Sequence[int]) -> list[str]:
+        own = self.candidates[number]
         in_document_order = self.model.config.state_order == "document"
-        order = sorted(retrieved) if in_document_order else retrieved
-        return [self._chunk(number).embed_text for number in order]
+        order = sorted(retrieved, key=own.place) if in_document_order else retrieved
+        return [own.chunk(chunk).embed_text for chunk in order]
 
-    def _step(self, beam: Beam, place: int) -> Step:
-        pick = beam.picks[place]
-        before = [other.index for other in beam.picks if other.step < pick.step]
-        scheme = self.model.config.position_scheme
+    def _step(self, number: int, place: int) -> Step:
+        own, picks = self.candidates[number], self.searches[number].best.picks
+        pick = picks[place]
+        before = [other.index for other in picks if other.step < pick.step]
         return Step(
             step=pick.step,
-            chunk=self._chunk(pick.index),
-            index=self._row(pick.index),
+            chunk=own.chunk(pick.index),
+            index=own.place(pick.index),
             q_value=pick.q_value,
-            position=float(scheme.positions(self.n, before)[pick.index]),
+            position=own.position(pick.index, before),
             runners_up=tuple(
-                RunnerUp(self._chunk(index).id, self._row(index), q) for index, q in pick.runners_up
+                RunnerUp(own.chunk(index).id, own.place(index), q) for index, q in pick.runners_up
             ),
         )
-
-    def _chunk(self, number: int) -> Any:
-        return self.snapshot.chunks[self._row(number)]
-
-    def _row(self, number: int) -> int:
-        return number if self.rows is None else int(self.rows[number])
-
-    def _numbers(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
-        """Numbers among the candidates of chunks given by row; those filtered out have none."""
-        if self.rows is None:
-            return [int(row) for row in rows]
-        numbers = np.searchsorted(self.rows, rows)
-        return [
-            int(number)
-            for number, row in zip(numbers, rows, strict=True)
-            if number < self.n and self.rows[number] == row
-        ]

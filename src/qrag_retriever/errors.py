@@ -42,6 +42,10 @@ class ReaderError(QRAGError):
     """An LLM that should answer from what was retrieved cannot be reached, or fails."""
 
 
+class VectorStoreError(QRAGError):
+    """A vector store that fails, cannot serve, or returns what cannot be used."""
+
+
 class MissingDependencyError(QRAGError, ImportError):
     """An optional package is needed and not installed; the message names the extra."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from qrag_retriever.ann import AnnKind, check_ann
 from qrag_retriever.chunk import Chunk, to_chunks
 from qrag_retriever.chunk_store import MemoryChunks
+from qrag_retriever.corpus import Corpus
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.storage import IndexContent, read_index, write_index
@@ -21,15 +22,17 @@ from qrag_retriever.vectors import checked_vectors, extended
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from qrag_retriever.candidates import Candidates
     from qrag_retriever.chunk_store import ChunkSequence
     from qrag_retriever.model import QRAGModel
+    from qrag_retriever.search import SearchOptions
 
     _Vectors = NDArray[np.float32]
 
 __all__ = ["ChunkIndex", "Snapshot"]
 
 
-class ChunkIndex:
+class ChunkIndex(Corpus):
     """Chunks with the embeddings that the action encoder E_a gives them.
 
     The order of the chunks is that of the document: new chunks come last, a changed chunk keeps its
@@ -217,6 +220,29 @@ class ChunkIndex:
     def snapshot(self) -> Snapshot:
         """The chunks and embeddings of this moment; the same object until the index changes."""
         return self._snapshot
+
+    def candidates(
+        self,
+        queries: Sequence[str],
+        model: QRAGModel,
+        options: SearchOptions,
+        *,
+        filter: Any = None,
+        exclude_ids: Collection[str] = (),
+    ) -> Sequence[Candidates]:
+        """See `Corpus`; all queries choose from the chunks of this moment.
+
+        Raises:
+            InvalidInputError: See `Corpus`, and if an excluded id is unknown.
+        """
+        from qrag_retriever.candidates import SnapshotCandidates
+
+        if len(self) == 0:
+            raise InvalidInputError("The index holds no chunks; add some before searching.")
+        own = SnapshotCandidates(
+            self._snapshot, model, options, filter=filter, exclude_ids=exclude_ids
+        )
+        return [own] * len(queries)
 
     def select(self, filter: object = None) -> NDArray[np.int64] | None:
         """Rows of the current snapshot that pass a filter, see :meth:`Snapshot.select`."""

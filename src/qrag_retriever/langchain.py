@@ -25,9 +25,9 @@ from qrag_retriever.adapter import (
     known_overrides,
     step_data,
 )
+from qrag_retriever.corpus import Corpus
 from qrag_retriever.documents import document_from_chunk
 from qrag_retriever.errors import InvalidInputError, QRAGError
-from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.trajectory import Step
 
@@ -65,7 +65,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
     step, chunk id, chunk number, Q and position.
 
     Attributes:
-        index: Chunks and their embeddings.
+        index: A `ChunkIndex`, or what `from_vector_store` or `from_retriever` make.
         model: Encoders; by default those the index was made with.
         k: Number of chunks to retrieve, also known as ``similarity_top_k``; by default what the
             model was trained for.
@@ -75,7 +75,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         seed: Seed of those draws.
         chunks_per_step: Chunks taken from one state.
         filter: Which chunks are candidates: metadata mapping, ``MetadataFilters`` or a callable on
-            `Chunk`; also known as ``filters``.
+            `Chunk`; over a vector store what that understands. Also known as ``filters``.
         score_key: Store Q in each Document's metadata under this key. Off by default: retrievers
             that merge results tell equal Documents by their metadata.
 
@@ -88,7 +88,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         arbitrary_types_allowed=True, extra="forbid", validate_assignment=True
     )
 
-    index: ChunkIndex = Field(exclude=True, repr=False)
+    index: Corpus = Field(exclude=True, repr=False)
     model: QRAGModel = Field(exclude=True, repr=False)
     k: int
     q_threshold: float | None = None
@@ -134,7 +134,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
         documents = []
-        async for step in _in_threads(self.stream_search(query, **known_overrides(arguments))):
+        ready = await self._prepared([query])
+        async for step in _in_threads(ready.stream_search(query, **known_overrides(arguments))):
             await _areport(run_manager, step)
             documents.append(self._document(step))
         return documents
@@ -191,7 +192,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         runs = [await self._aopen_run(query, own) for query, own in pairs]
         results: list[list[Document]] = [[] for _ in inputs]
         try:
-            steps = self.stream_search_batch(inputs, **known_overrides(kwargs))
+            ready = await self._prepared(inputs)
+            steps = ready.stream_search_batch(inputs, **known_overrides(kwargs))
             async for number, step in _in_threads(steps):
                 await _areport(runs[number], step)
                 results[number].append(self._document(step))
@@ -241,7 +243,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         run = await self._aopen_run(input, config)
         documents: list[Document] = []
         try:
-            async for step in _in_threads(self.stream_search(input, **known_overrides(kwargs))):
+            ready = await self._prepared([input])
+            async for step in _in_threads(ready.stream_search(input, **known_overrides(kwargs))):
                 await _areport(run, step)
                 documents.append(self._document(step))
                 yield documents[-1:]

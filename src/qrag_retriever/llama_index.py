@@ -17,13 +17,13 @@ from llama_index.core.schema import BaseNode, IndexNode, NodeWithScore, QueryBun
 from typing_extensions import Self
 
 from qrag_retriever.adapter import (
-    ALIASES,
     SEARCH_SETTINGS,
     RetrieverAdapter,
     fill_in,
-    resolve_aliases,
     step_data,
 )
+from qrag_retriever.constructors import ALIASES, resolve_aliases
+from qrag_retriever.corpus import Corpus
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel, resolve_model
@@ -89,7 +89,8 @@ class LlamaIndexHooks(BaseRetriever, RetrieverAdapter):
         ]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        return await asyncio.to_thread(self._retrieve, query_bundle)
+        ready = await self._prepared([query_bundle.query_str])
+        return await asyncio.to_thread(ready._retrieve, query_bundle)  # noqa: SLF001
 
     @classmethod
     def from_defaults(
@@ -160,7 +161,7 @@ class QRAGRetriever(LlamaIndexHooks):
     Each step is reported to LlamaIndex's instrumentation as a `QRAGStepEvent`.
 
     Args:
-        index: Chunks and their embeddings.
+        index: A `ChunkIndex`, or what `from_vector_store` or `from_retriever` make.
         model: Encoders; by default those the index was made with.
         similarity_top_k: Number of chunks to retrieve, also known as ``k``; by default what the
             model was trained for.
@@ -170,7 +171,7 @@ class QRAGRetriever(LlamaIndexHooks):
         seed: Seed of those draws.
         chunks_per_step: Chunks taken from one state.
         filters: Which chunks are candidates: ``MetadataFilters``, metadata mapping or a callable on
-            `Chunk`; also known as ``filter``.
+            `Chunk`; over a vector store what that understands. Also known as ``filter``.
         callback_manager: LlamaIndex's callback manager.
         object_map: Objects that index nodes stand for, by id.
         objects: Index nodes with their objects, instead of ``object_map``.
@@ -183,7 +184,7 @@ class QRAGRetriever(LlamaIndexHooks):
 
     def __init__(
         self,
-        index: ChunkIndex,
+        index: Corpus,
         model: QRAGModel | None = None,
         *,
         callback_manager: CallbackManager | None = None,
@@ -201,7 +202,7 @@ class QRAGRetriever(LlamaIndexHooks):
                 f"Unknown setting {', '.join(map(repr, sorted(given)))}; known: "
                 f"{', '.join([*_DEFAULTS, *ALIASES])}."
             )
-        if not isinstance(self.index, ChunkIndex) or not isinstance(self.model, QRAGModel):
+        if not isinstance(self.index, Corpus) or not isinstance(self.model, QRAGModel):
             raise InvalidInputError(
                 "index must be a ChunkIndex and model a QRAGModel; from_documents and "
                 "from_defaults make them for you."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from qrag_retriever.errors import InvalidInputError, QRAGError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from numpy.typing import NDArray
 
@@ -68,6 +69,11 @@ class SearchOptions:
                     "leave one of them out."
                 )
 
+    @property
+    def breadth(self) -> int:
+        """How many of the best chunks a step may have to look at."""
+        return self.chunks_per_step + max(self.beams, self.runners_up)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pick:
@@ -116,7 +122,7 @@ class Search:
     Ask for `states`, give their Q-values to `advance`, until `done`.
 
     Args:
-        n: Number of candidate chunks.
+        n: Number of candidate chunks; ``None``: not known.
         options: How to search.
         excluded: Candidates that are never taken.
         keep_q_values: Keep Q of all candidates at each step.
@@ -131,7 +137,7 @@ class Search:
 
     def __init__(
         self,
-        n: int,
+        n: int | None,
         options: SearchOptions,
         excluded: Collection[int] = (),
         *,
@@ -139,7 +145,7 @@ class Search:
     ) -> None:
         self.options = options
         self._excluded = np.fromiter(excluded, dtype=np.int64, count=len(excluded))
-        self._available = n - len(set(excluded))
+        self._available = (sys.maxsize if n is None else n) - len(set(excluded))
         self._keep = keep_q_values
         self._step = 0
         self._random = np.random.default_rng(options.seed)
@@ -161,12 +167,13 @@ class Search:
         """Retrieved chunks, in order, of each trajectory that goes on."""
         return [beam.retrieved for beam in self._beams if not beam.stopped]
 
-    def advance(self, q_values: NDArray[np.float32]) -> None:
+    def advance(self, q_values: Iterable[NDArray[np.float32]]) -> None:
         """Take the next step.
 
         Args:
             q_values: Q of every candidate in each of `states`, float32 ``[len(states), n]``; what
-                is already retrieved or excluded may hold any value. Unknown Q is ``-inf``.
+                is already retrieved or excluded may hold any value. Unknown Q is ``-inf``, also
+                that of all candidates beyond the last.
 
         Raises:
             QRAGError: If a Q-value is NaN.
@@ -244,7 +251,7 @@ def best_actions(q_values: NDArray[np.float32], count: int) -> list[int]:
     """
     q_values = q_values.copy()
     best: list[int] = []
-    for _ in range(count):
+    for _ in range(min(count, len(q_values))):
         index = int(np.argmax(q_values))  # the first of equal ones; NaN counts as the highest
         if np.isnan(q_values[index]):
             raise QRAGError(

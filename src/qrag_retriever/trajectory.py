@@ -44,7 +44,8 @@ class Step:
     Attributes:
         step: Number of the step, from 1; chunks taken from one state share it.
         chunk: The chunk.
-        index: Its number in the index, from 0, in document order.
+        index: Its number in the index, from 0, in document order; -1 where a vector store or
+            another retriever does not tell.
         q_value: Q of taking it in the state of that step.
         position: ρ at that step (paper eq. 6): its place among the chunks found before.
         runners_up: The next best chunks of that step.
@@ -96,16 +97,18 @@ class Trajectory:
         query: The query.
         steps: What was retrieved.
         stopped: Why it ended: ``"budget"``, ``"threshold"`` or ``"exhausted"``.
-        n_candidates: Number of chunks to choose from.
+        n_candidates: Number of chunks to choose from; ``None`` where a vector store did not have to
+            count them.
         q_values: Q of every candidate at each step, float32 ``[n_candidates]`` each, ``-inf`` where
-            a chunk could not be taken; empty unless kept.
+            a chunk could not be taken; empty unless kept, and for a vector store, which tells of
+            the best alone.
         candidates: Numbers in the index of the candidates; ``None``: all.
     """
 
     query: str
     steps: tuple[Step, ...]
     stopped: StopReason
-    n_candidates: int
+    n_candidates: int | None
     q_values: tuple[NDArray[np.float32], ...] = dataclasses.field(
         default=(), repr=False, compare=False
     )
@@ -163,10 +166,8 @@ class Trajectory:
 
     def _summary(self) -> str:
         noun = "chunk" if len(self.steps) == 1 else "chunks"
-        return (
-            f"{len(self.steps)} {noun} of {self.n_candidates:,}; stopped because "
-            f"{_STOPPED[self.stopped]}."
-        )
+        of = "" if self.n_candidates is None else f" of {self.n_candidates:,}"
+        return f"{len(self.steps)} {noun}{of}; stopped because {_STOPPED[self.stopped]}."
 
     def plot(self, *, width: float = 10.0, bins: int = 1500) -> Figure:
         """Draw Q over the document, one panel a step.
@@ -219,7 +220,7 @@ class Trajectory:
 
     def _document_places(self) -> NDArray[np.int64]:
         if self.candidates is None:
-            return np.arange(self.n_candidates, dtype=np.int64)
+            return np.arange(len(self.q_values[0]), dtype=np.int64)
         return self.candidates
 
 

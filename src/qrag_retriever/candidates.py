@@ -1,0 +1,148 @@
+"""The chunks one search chooses from, and their Q."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from qrag_retriever.scoring import score
+
+# embeddings may be mapped read-only, and nothing here writes into them
+warnings.filterwarnings("ignore", "The given NumPy array is not writable", module=__name__)
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from numpy.typing import NDArray
+
+    from qrag_retriever.ann import AnnIndex
+    from qrag_retriever.chunk import Chunk
+    from qrag_retriever.model import QRAGModel
+    from qrag_retriever.search import SearchOptions
+    from qrag_retriever.snapshot import Snapshot
+
+
+class Candidates(Protocol):
+    """The chunks that the searches of one run choose from, by numbers that stay the same in it.
+
+    Attributes:
+        n: How many there are; ``None`` where nobody has counted them.
+        excluded: Numbers of those that are never taken.
+        rows: Their numbers in the corpus; ``None``: all of it, or unknown.
+        complete: Whether Q of all of them is known at each step.
+    """
+
+    @property
+    def n(self) -> int | None: ...  # noqa: D102
+    @property
+    def excluded(self) -> Collection[int]: ...  # noqa: D102
+    @property
+    def rows(self) -> NDArray[np.int64] | None: ...  # noqa: D102
+    @property
+    def complete(self) -> bool: ...  # noqa: D102
+
+    def score(
+        self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """Q of the candidates for states ``[S, d]`` that hold the retrieved ones.
+
+        Returns:
+            float32 ``[S, m]``: Q of the numbers 0 … m-1, ``-inf`` where it is not known; those
+            beyond have not been seen yet.
+        """
+
+    def chunk(self, number: int) -> Chunk:
+        """A candidate."""
+
+    def place(self, number: int) -> int:
+        """Its number in the corpus, in document order; -1 where that is not known."""
+
+    def position(self, number: int, before: Sequence[int]) -> float:
+        """Its ρ once others have been retrieved."""
+
+
+class SnapshotCandidates:
+    """All chunks of a snapshot that pass a filter.
+
+    Args:
+        snapshot: The chunks and embeddings.
+        model: Its settings say how Q depends on positions.
+        options: How to search.
+        filter: See `filters.compile_filter`.
+        exclude_ids: Chunks that are never taken.
+
+    Raises:
+        InvalidInputError: If an excluded id is unknown or the filter is malformed.
+    """
+
+    complete = True
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        model: QRAGModel,
+        options: SearchOptions,
+        *,
+        filter: Any = None,
+        exclude_ids: Collection[str] = (),
+    ) -> None:
+        self.snapshot = snapshot
+        self.config = model.config
+        self.rows = snapshot.select(filter)
+        self.n = len(snapshot) if self.rows is None else len(self.rows)
+        self.excluded = self._numbers([snapshot.row_of(chunk_id) for chunk_id in exclude_ids])
+        # what an approximate index is asked for besides the chunks already retrieved
+        self._spare = len(self.excluded) + options.breadth
+        self._actions = snapshot.tensor()
+
+    def score(
+        self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """See `Candidates`."""
+        if self.snapshot.ann is not None:
+            return self._score_nearest(self.snapshot.ann, states, retrieved)
+        return score(
+            torch.from_numpy(states),
+            self._actions,
+            retrieved,
+            self.config.position_scheme,
+            rows=self.rows,
+            base=self.config.rotary_base,
+        ).numpy()
+
+    def chunk(self, number: int) -> Chunk:
+        """See `Candidates`."""
+        return self.snapshot.chunks[self.place(number)]
+
+    def place(self, number: int) -> int:
+        """See `Candidates`."""
+        return number if self.rows is None else int(self.rows[number])
+
+    def position(self, number: int, before: Sequence[int]) -> float:
+        """See `Candidates`."""
+        return float(self.config.position_scheme.positions(self.n, before)[number])
+
+    def _score_nearest(
+        self, ann: AnnIndex, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
+    ) -> NDArray[np.float32]:
+        """Exact Q of the chunks an approximate index finds; ``-inf`` for all others."""
+        q_values = np.full((len(states), self.n), -np.inf, dtype=np.float32)
+        count = self._spare + max(map(len, retrieved))
+        found = ann.search(states, count, self.rows)
+        for q, state, rows in zip(q_values, states, found, strict=True):
+            q[self._numbers(rows)] = self.snapshot.embeddings[rows] @ state
+        return q_values
+
+    def _numbers(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
+        """Numbers among the candidates of chunks given by row; those filtered out have none."""
+        if self.rows is None:
+            return [int(row) for row in rows]
+        numbers = np.searchsorted(self.rows, rows)
+        return [
+            int(number)
+            for number, row in zip(numbers, rows, strict=True)
+            if number < self.n and self.rows[number] == row
+        ]

@@ -1,0 +1,86 @@
+"""A model as a LlamaIndex embedding, to fill a vector store the usual way."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.base.embeddings.base import BaseEmbedding
+from pydantic import PrivateAttr
+
+from qrag_retriever.model import QRAGModel, resolve_model
+
+_NAMELESS = "QRAGModel"
+
+
+class QRAGEmbedding(BaseEmbedding):
+    """Embeds nodes with the action encoder and queries as states without chunks.
+
+    The inner product of the two is Q of the first step, so a plain similarity search of a store
+    filled with it finds what a search by `QRAGRetriever` finds first. The store's metric must be
+    the inner product. The asynchronous methods run in threads.
+
+    Args:
+        model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
+            ``None``: all-MiniLM-L6-v2.
+        **settings: Settings of LlamaIndex's ``BaseEmbedding``, such as ``embed_batch_size``.
+
+    Raises:
+        ModelFormatError: If the model cannot be loaded.
+
+    Attributes:
+        model: The model.
+
+    Example:
+        .. code-block:: python
+
+            embedding = QRAGEmbedding("folder")
+            index = VectorStoreIndex(nodes, storage_context=storage, embed_model=embedding)
+            retriever = QRAGRetriever.from_vector_store(index, model=embedding.model)
+    """
+
+    _model: QRAGModel = PrivateAttr()
+
+    def __init__(self, model: QRAGModel | str | Path | None = None, **settings: Any) -> None:
+        if model is None:  # what LlamaIndex makes of a dumped embedding has a name alone
+            model = settings.get("model_name")
+        loaded = resolve_model(model)
+        name = _NAMELESS if model is None or isinstance(model, QRAGModel) else str(model)
+        super().__init__(**{"model_name": name, "embed_batch_size": 64, **settings})
+        self._model = loaded
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {"model_name": self.model_name, "embed_batch_size": self.embed_batch_size}
+        return functools.partial(type(self), self._model, **settings), ()
+
+    @property
+    def model(self) -> QRAGModel:
+        """The model."""
+        return self._model
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name under which LlamaIndex knows the class."""
+        return "QRAGEmbedding"
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        vector: list[float] = self._model.encode_states([(query, [])])[0].tolist()
+        return vector
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        vectors: list[list[float]] = self._model.encode_actions(texts).tolist()
+        return vectors
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)

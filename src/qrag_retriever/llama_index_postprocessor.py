@@ -1,0 +1,59 @@
+"""Multi-step selection as a LlamaIndex node postprocessor."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import NodeWithScore, QueryBundle
+from pydantic import PrivateAttr
+
+from qrag_retriever.errors import InvalidInputError
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.second_stage import Selector
+
+
+class QRAGNodePostprocessor(BaseNodePostprocessor):
+    """Selects nodes in several steps, for the ``node_postprocessors`` of a query engine.
+
+    What it returns are the very nodes given, scored with their Q. The asynchronous method runs in a
+    thread.
+
+    Args:
+        model: A `QRAGModel` with ``positions="none"``, or folder or hub name of one, or of any
+            embedder to use untrained; ``None``: all-MiniLM-L6-v2.
+        **settings: ``k``, the number of nodes to select, by default what the model was trained for;
+            ``q_threshold``: stop at the first step whose best Q lies below it, by default the
+            model's.
+
+    Raises:
+        ConfigError: If the model needs to know the order of the document.
+        InvalidInputError: If a setting is unknown or out of range; in a call, if there is no query.
+        ModelFormatError: If the model cannot be loaded.
+    """
+
+    _selector: Selector = PrivateAttr()
+
+    def __init__(self, model: QRAGModel | str | Path | None = None, **settings: Any) -> None:
+        super().__init__()
+        self._selector = Selector(model, **settings)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Name under which LlamaIndex knows the class."""
+        return "QRAGNodePostprocessor"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        if query_bundle is None:
+            raise InvalidInputError("Nodes are selected for a query; give query_str or a bundle.")
+        selected = self._selector.select(query_bundle.query_str, nodes)
+        return [NodeWithScore(node=step.chunk.source, score=step.q_value) for step in selected]
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._postprocess_nodes, nodes, query_bundle)

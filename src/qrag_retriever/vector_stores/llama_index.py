@@ -1,0 +1,54 @@
+"""What LlamaIndex's vector stores have in common: nodes, and ``MetadataFilters``."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qrag_retriever.chunk import Chunk, to_chunks
+from qrag_retriever.errors import VectorStoreError
+from qrag_retriever.filters import compile_filter
+from qrag_retriever.vector_stores.filtered import FilteredStore
+
+if TYPE_CHECKING:
+    from llama_index.core.schema import BaseNode
+
+
+class MetadataFiltered(FilteredStore):
+    """A store whose filters are ``MetadataFilters``.
+
+    LlamaIndex's translations leave out some of what they do not understand, so every hit is checked
+    against the filter once more.
+    """
+
+    allowed = "LlamaIndex MetadataFilters"
+
+    @abstractmethod
+    def _native(self, query: Any) -> Sequence[Any]:
+        """Conditions in the store's own language for the filters of a ``VectorStoreQuery``."""
+
+    def _translated(self, filter: Any) -> Sequence[Any]:
+        from llama_index.core.vector_stores.types import MetadataFilters, VectorStoreQuery
+
+        if not isinstance(filter, MetadataFilters):
+            raise TypeError
+        return self._native(VectorStoreQuery(filters=filter))
+
+    def _guard(self, filter: Any) -> Callable[[Chunk], bool]:
+        return compile_filter(filter)
+
+
+def chunk_of(node: BaseNode) -> Chunk:
+    """The chunk for a node that a store returned.
+
+    Raises:
+        VectorStoreError: If the node has no text.
+    """
+    [chunk] = to_chunks([node])
+    if not chunk.text:
+        raise VectorStoreError(
+            f"The store returned node {chunk.id!r} without a text; it has to keep the texts "
+            "(stores_text)."
+        )
+    return chunk

@@ -1,0 +1,297 @@
+"""Selection among what another retriever finds, against an index over the same candidates."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from corpus import IDS, METADATAS, QUERIES, QUERY, TEXTS, make_model, shared_model
+from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_core.documents import Document
+from langchain_core.retrievers import BaseRetriever as LangChainBase
+from langchain_core.runnables import RunnableLambda
+from langchain_core.vectorstores import InMemoryVectorStore
+from llama_index.core import VectorStoreIndex
+from llama_index.core.base.base_retriever import BaseRetriever as LlamaIndexBase
+from llama_index.core.llms import MockLLM
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+
+from qrag_retriever import (
+    QRAGDocumentCompressor,
+    QRAGEmbedding,
+    QRAGEmbeddings,
+    QRAGNodePostprocessor,
+    QRAGRetriever,
+    langchain,
+    llama_index,
+)
+from qrag_retriever.errors import ConfigError, InvalidInputError
+from qrag_retriever.index import ChunkIndex
+from qrag_retriever.second_stage import EmbeddingCache, SecondStage
+
+MODEL = shared_model()
+
+
+class Passage(Document):
+    page: int = 0
+
+
+class Finder(LangChainBase):
+    """Finds the same documents for every query, as many as it is asked for."""
+
+    documents: list[Document]
+    k: int = 4
+
+    def _get_relevant_documents(self, query, *, run_manager):
+        return self.documents[: self.k]
+
+
+class NodeFinder(LlamaIndexBase):
+    def __init__(self, nodes):
+        super().__init__()
+        self.nodes = nodes
+
+    def _retrieve(self, query_bundle):
+        return [NodeWithScore(node=node, score=0.5) for node in self.nodes]
+
+
+def documents():
+    return [
+        Passage(page_content=text, id=id_, metadata=dict(metadata), page=number)
+        for number, (text, id_, metadata) in enumerate(zip(TEXTS, IDS, METADATAS, strict=True))
+    ]
+
+
+def nodes():
+    made = [
+        TextNode(text=text, id_=id_, metadata=dict(m), excluded_embed_metadata_keys=list(m))
+        for text, id_, m in zip(TEXTS, IDS, METADATAS, strict=True)
+    ]
+    made[2].relationships = {NodeRelationship.SOURCE: RelatedNodeInfo(node_id="book")}
+    return made
+
+
+def expected(items, query=QUERY, **settings):
+    index = ChunkIndex.from_documents(items, model=MODEL)
+    return QRAGRetriever(index=index, **settings).search(query).chunk_ids
+
+
+async def test_over_a_langchain_retriever():
+    base = Finder(documents=documents()[::-1])
+    for settings in ({}, {"k": 5}, {"beams": 3}, {"filter": {"tenant": "b"}}):
+        retriever = QRAGRetriever.from_retriever(base, model=MODEL, **settings)
+        for query in QUERIES:
+            ids = expected(base.documents, query, **settings)
+            assert [found.id for found in retriever.invoke(query)] == ids
+            assert [found.id for found in await retriever.ainvoke(query)] == ids
+            assert [found.node.node_id for found in retriever.retrieve(query)] == ids
+            assert [found.node.node_id for found in await retriever.aretrieve(query)] == ids
+        several = [[found.id for found in own] for own in retriever.batch(QUERIES)]
+        assert several == [expected(base.documents, query, **settings) for query in QUERIES]
+        again = [[found.id for found in own] for own in await retriever.abatch(QUERIES)]
+        assert again == several
+        steps = [found.id for [found] in retriever.stream(QUERY)]
+        assert steps == [found.id for [found] in [step async for step in retriever.astream(QUERY)]]
+
+
+async def test_over_a_llama_index_retriever():
+    base = NodeFinder(nodes())
+    retriever = QRAGRetriever.from_retriever(base, model=MODEL, k=4)
+    ids = expected(base.nodes, k=4)
+    assert [found.node.node_id for found in retriever.retrieve(QUERY)] == ids
+    assert [found.node.node_id for found in await retriever.aretrieve(QUERY)] == ids
+    assert [found.id for found in await retriever.ainvoke(QUERY)] == ids
+    alone = llama_index.QRAGRetriever.from_retriever(base, model=MODEL, similarity_top_k=4)
+    assert [found.node.node_id for found in alone.retrieve(QUERY)] == ids
+    alone = langchain.QRAGRetriever.from_retriever(base, model=MODEL, k=4)
+    assert [found.id for found in alone.invoke(QUERY)] == ids
+
+
+def test_what_was_found_comes_out_as_it_was():
+    given = documents()
+    given[3].id = None
+    base = Finder(documents=given)
+    found = QRAGRetriever.from_retriever(base, model=MODEL, k=9, score_key="q").invoke(QUERY)
+    assert len(found) == 9
+    before = {document.page_content: document for document in documents()}
+    for document in found:
+        assert isinstance(document.metadata.pop("q"), float)
+        same = before[document.page_content]
+        same.id = None if document.page_content == TEXTS[3] else same.id
+        assert document == same  # class, id, page and metadata
+    assert all("q" not in document.metadata for document in given)
+
+    given = nodes()
+    out = QRAGRetriever.from_retriever(NodeFinder(given), model=MODEL, k=9).retrieve(QUERY)
+    by_id = {node.node_id: node for node in given}
+    assert [found.node for found in out] == [by_id[found.node.node_id] for found in out]
+    assert any(found.node.relationships for found in out)
+    assert not any(found.node is by_id[found.node.node_id] for found in out)
+
+
+def test_so_many_candidates_are_asked_for():
+    base = Finder(documents=documents())
+    for count in (1, 6, 9):
+        retriever = QRAGRetriever.from_retriever(base, model=MODEL, candidates=count, k=9)
+        ids = {found.id for found in retriever.invoke(QUERY)}
+        assert ids == set(IDS[:count])
+    assert base.k == 4
+    function = RunnableLambda(lambda query: documents())
+    retriever = QRAGRetriever.from_retriever(function, model=MODEL, candidates=5, k=9)
+    assert {found.id for found in retriever.invoke(QUERY)} == set(IDS[:5])
+
+    store = InMemoryVectorStore(QRAGEmbeddings(MODEL))
+    store.add_documents(documents())
+    retriever = QRAGRetriever.from_retriever(store.as_retriever(), model=MODEL, candidates=7, k=9)
+    assert len(retriever.invoke(QUERY)) == 7
+    own = VectorStoreIndex(nodes(), embed_model=QRAGEmbedding(MODEL)).as_retriever()
+    retriever = QRAGRetriever.from_retriever(own, model=MODEL, candidates=7, k=9)
+    assert len(retriever.retrieve(QUERY)) == 7
+    assert own.similarity_top_k == 2
+
+
+def test_no_candidates_and_repeated_ones():
+    empty = QRAGRetriever.from_retriever(Finder(documents=[]), model=MODEL)
+    trajectory = empty.search(QUERY)
+    assert (len(trajectory), trajectory.stopped, trajectory.n_candidates) == (0, "exhausted", 0)
+    assert empty.batch([]) == []
+    twice = Finder(documents=[*documents()[:2], *documents()[:2]])
+    trajectory = QRAGRetriever.from_retriever(twice, model=MODEL, k=9).search(QUERY)
+    assert sorted(trajectory.chunk_ids) == IDS[:2]
+    both = RunnableLambda(lambda query: documents() if query == QUERY else [])
+    first, second = QRAGRetriever.from_retriever(both, model=MODEL).batch([QUERY, "Other?"])
+    assert (len(first), len(second)) == (3, 0)
+
+
+def test_excluded_ids_may_be_unknown_to_the_base():
+    retriever = QRAGRetriever.from_retriever(Finder(documents=documents()), model=MODEL, k=9)
+    ids = retriever.search(QUERY, exclude_ids=["elsewhere", IDS[2]]).chunk_ids
+    assert sorted(ids) == [id_ for id_ in IDS if id_ != IDS[2]]
+
+
+async def test_a_base_that_is_asynchronous_alone():
+    async def find(query):
+        return documents()
+
+    retriever = QRAGRetriever.from_retriever(RunnableLambda(find), model=MODEL)
+    assert [found.id for found in await retriever.ainvoke(QUERY)] == expected(documents())
+
+
+def test_what_fails_in_the_base_is_not_hidden():
+    def fail(query):
+        raise ConnectionError("gone")
+
+    retriever = QRAGRetriever.from_retriever(RunnableLambda(fail), model=MODEL)
+    with pytest.raises(ConnectionError, match="gone"):
+        retriever.invoke(QUERY)
+    wrong = QRAGRetriever.from_retriever(RunnableLambda(lambda query: [3]), model=MODEL)
+    with pytest.raises(InvalidInputError, match="of type int"):
+        wrong.invoke(QUERY)
+
+
+def test_embeddings_are_kept_by_content(monkeypatch):
+    model, asked = make_model(), []
+    encode = model.encode_actions
+    monkeypatch.setattr(
+        model, "encode_actions", lambda texts: (asked.extend(texts), encode(texts))[1]
+    )
+    cache = EmbeddingCache(model, size=3)
+    first = cache.embed(TEXTS[:3])
+    assert (first == encode(TEXTS[:3])).all()
+    assert (cache.embed([TEXTS[2], TEXTS[0], TEXTS[2]]) == first[[2, 0, 2]]).all()
+    assert asked == TEXTS[:3]
+    cache.embed([TEXTS[3]])  # TEXTS[1] was not used for longest
+    cache.embed([TEXTS[0], TEXTS[2], TEXTS[3]])
+    assert (asked, len(cache)) == (TEXTS[:4], 3)
+    cache.embed([TEXTS[1]])
+    assert asked == [*TEXTS[:4], TEXTS[1]]
+    assert cache.embed([]).shape == (0, model.dimension)
+
+
+def test_training_the_model_makes_kept_embeddings_worthless():
+    model = make_model()
+    cache = EmbeddingCache(model)
+    before = cache.embed(TEXTS)
+    with torch.no_grad():
+        for weight in model.action_encoder.parameters():
+            weight.mul_(1.5)
+    after = cache.embed(TEXTS)
+    assert (after == model.encode_actions(TEXTS)).all()
+    assert (after != before).any()
+
+
+@pytest.mark.parametrize(
+    "model", [shared_model("relative"), make_model(state_order="document")], ids=["rho", "order"]
+)
+def test_models_that_need_the_order_of_the_document_are_refused(model):
+    with pytest.raises(ConfigError, match="second stage"):
+        SecondStage(Finder(documents=[]), model)
+
+
+def test_wrong_arguments_are_refused():
+    for settings in ({"candidates": 0}, {"cache_size": 0}, {"candidates": True}):
+        with pytest.raises(InvalidInputError, match="integer of at least 1"):
+            QRAGRetriever.from_retriever(Finder(documents=[]), model=MODEL, **settings)
+    with pytest.raises(InvalidInputError, match="no retriever"):
+        QRAGRetriever.from_retriever(documents(), model=MODEL)
+    retriever = QRAGRetriever.from_retriever(Finder(documents=documents()), model=MODEL)
+    for change in (
+        lambda: retriever.add_texts(["new"]),
+        lambda: retriever.delete([IDS[0]]),
+        lambda: retriever.save_local("nowhere"),
+    ):
+        with pytest.raises(InvalidInputError, match="only reads"):
+            change()
+
+
+def test_copies():
+    retriever = QRAGRetriever.from_retriever(Finder(documents=documents()), model=MODEL)
+    for twin in (copy.copy(retriever), copy.deepcopy(retriever)):
+        assert twin.search(QUERY) == retriever.search(QUERY)
+
+
+async def test_compressor():
+    compressor = QRAGDocumentCompressor(MODEL, k=4)
+    given = documents()
+    found = compressor.compress_documents(given, QUERY)
+    assert [document.id for document in found] == expected(given, k=4)
+    assert all(any(document is other for other in given) for document in found)
+    assert await compressor.acompress_documents(given, QUERY) == found
+    assert list(compressor.compress_documents([], QUERY)) == []
+    retriever = ContextualCompressionRetriever(
+        base_compressor=compressor, base_retriever=Finder(documents=given, k=9)
+    )
+    assert retriever.invoke(QUERY) == found
+    assert await retriever.ainvoke(QUERY) == found
+
+
+async def test_postprocessor():
+    postprocessor = QRAGNodePostprocessor(MODEL, k=4)
+    given = [NodeWithScore(node=node, score=0.1) for node in nodes()]
+    found = postprocessor.postprocess_nodes(given, query_str=QUERY)
+    assert [item.node.node_id for item in found] == expected(nodes(), k=4)
+    assert all(any(item.node is other.node for other in given) for item in found)
+    index = ChunkIndex.from_documents(nodes(), model=MODEL)
+    steps = QRAGRetriever(index=index, k=4).search(QUERY)
+    assert [item.score for item in found] == pytest.approx([step.q_value for step in steps])
+    assert await postprocessor.apostprocess_nodes(given, query_str=QUERY) == found
+    engine = RetrieverQueryEngine.from_args(
+        NodeFinder(nodes()), llm=MockLLM(), node_postprocessors=[postprocessor]
+    )
+    for answer in (engine.query(QUERY), await engine.aquery(QUERY)):
+        ids = [item.node.node_id for item in answer.source_nodes]
+        assert ids == [item.node.node_id for item in found]
+    with pytest.raises(InvalidInputError, match="for a query"):
+        postprocessor.postprocess_nodes(given)
+
+
+@pytest.mark.parametrize("kind", [QRAGDocumentCompressor, QRAGNodePostprocessor])
+def test_settings_of_compressor_and_postprocessor(kind):
+    with pytest.raises(InvalidInputError, match="Unknown setting 'top'"):
+        kind(MODEL, top=3)
+    with pytest.raises(InvalidInputError, match="k=0"):
+        kind(MODEL, k=0)
+    with pytest.raises(ConfigError, match="second stage"):
+        kind(shared_model("relative"))
