@@ -162,6 +162,8 @@ def _chunk(item: Any, id_: str | None, metadata: Mapping[str, Any] | None, ids: 
         raise InvalidInputError(
             f"metadatas is for plain texts; a {type(item).__name__} brings its own metadata."
         )
+    if isinstance(item, Candidate):
+        return _chunk(item.source, id_ or item.id, None, ids)
     if isinstance(item, Chunk):
         return dataclasses.replace(item, id=id_ or item.id, metadata=copy.deepcopy(item.metadata))
     if is_document(item):

@@ -1,4 +1,8 @@
-"""Vector stores of real engines in local mode, filled the usual way with a corpus of 48 chunks."""
+"""Vector stores of real engines in local mode, filled the usual way with a corpus of 48 chunks.
+
+What is not installed is skipped. The extras chroma, faiss, milvus, pgvector, qdrant, and pgserver
+for a Postgres of its own, go into one environment; milvus-llama-index needs another.
+"""
 
 from __future__ import annotations
 

@@ -171,6 +171,17 @@ def test_unknown_q_is_never_taken():
     assert (search.best.retrieved, search.best.stopped) == ((1,), "exhausted")
 
 
+def test_candidates_that_are_seen_on_the_way():
+    search = Search(None, SearchOptions(k=4))
+    for q in ([0.5], [0.9, 0.8, -np.inf], [-np.inf, 0.1, 0.4], [-np.inf] * 5):
+        search.advance(np.array([q], dtype=np.float32))
+    assert (search.best.retrieved, search.best.stopped) == ((0, 1, 2), "exhausted")
+    assert search.done
+    nothing = Search(None, SearchOptions(k=4))
+    nothing.advance(np.empty((1, 0), dtype=np.float32))
+    assert (nothing.best.retrieved, nothing.best.stopped) == ((), "exhausted")
+
+
 def test_equal_q_goes_to_the_first():
     assert best_actions(np.array([1, 2, 2, 2], dtype=np.float32), 2) == [1, 2]
 

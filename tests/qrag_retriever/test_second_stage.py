@@ -131,6 +131,18 @@ def test_what_was_found_comes_out_as_it_was():
     assert not any(found.node is by_id[found.node.node_id] for found in out)
 
 
+def test_an_index_of_what_was_found():
+    given = documents()[:3]
+    for document in given:
+        document.id = None
+    for base in (Finder(documents=given), NodeFinder(nodes()[:3]), RunnableLambda(lambda q: TEXTS)):
+        found = QRAGRetriever.from_retriever(base, model=MODEL, k=3).search(QUERY)
+        index = ChunkIndex.from_documents([step.chunk for step in found], model=MODEL)
+        documents_again = QRAGRetriever(index=index, k=3).invoke(QUERY)
+        assert sorted(d.id for d in documents_again) == sorted(found.chunk_ids)
+        assert {d.page_content for d in documents_again} == {step.text for step in found}
+
+
 def test_so_many_candidates_are_asked_for():
     base = Finder(documents=documents())
     for count in (1, 6, 9):

@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 from corpus import IDS, METADATAS, QUERIES, QUERY, TEXTS, make_index, make_model, shared_model
+from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import VectorStoreIndex
 from llama_index.core.embeddings import MockEmbedding
@@ -23,8 +24,9 @@ from qrag_retriever.errors import (
 )
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.vector_stores import corpus as store_corpus
+from qrag_retriever.vector_stores.mapping import LangChainChroma, LangChainPostgres
 from qrag_retriever.vector_stores.milvus import LangChainMilvus
-from qrag_retriever.vector_stores.store import Store
+from qrag_retriever.vector_stores.store import Request, Store
 
 PLAIN = shared_model()
 RELATIVE = make_model("relative", truncate_positions=True)
@@ -242,6 +244,26 @@ def test_kinds_that_cannot_serve():
     ):
         with pytest.raises(VectorStoreError, match=reason):
             QRAGRetriever.from_vector_store(store, model=PLAIN)
+
+
+class Idless:
+    """A store of LangChain whose documents have no ids."""
+
+    col = True
+    _primary_field = "pk"
+
+    def found(self, vector, k, **_):
+        return [(Document("text", metadata={"number": 0}), 1.0)]
+
+    similarity_search_with_score_by_vector = found
+    similarity_search_by_vector_with_relevance_scores = found
+
+
+@pytest.mark.parametrize("kind", [LangChainChroma, LangChainPostgres, LangChainMilvus])
+def test_documents_without_an_id(kind):
+    store = kind(Idless(), None)
+    with pytest.raises(VectorStoreError, match=r"without an id|without its primary key"):
+        store.search([Request(np.ones(4, dtype=np.float32), 3)])
 
 
 class Client:

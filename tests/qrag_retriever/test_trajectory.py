@@ -108,6 +108,11 @@ class Tags(html.parser.HTMLParser):
         self.text.append(data)
 
 
+def test_candidates_that_nobody_counted():
+    shown = str(Trajectory("q", (step(1, -1),), "threshold", None))
+    assert shown.endswith("1 chunk; stopped because the best Q fell below the threshold.")
+
+
 def test_html_shows_texts_and_never_runs_them():
     steps = (step(1, 0, SCRIPT, id=SCRIPT, runners_up=(RunnerUp(SCRIPT, 1, 0.25),)),)
     page = Tags()
