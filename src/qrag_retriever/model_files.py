@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
 
-from qrag_retriever import offline
+from qrag_retriever import compact, offline
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError, UnsafeModelError
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG_FILE = "qrag_config.json"
+
+# Models that come with the package, in compact form.
+_PACKAGED = Path(__file__).with_name("models")
 
 _CODE = {".py", ".pyc", ".so", ".dll"}
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
@@ -121,7 +124,7 @@ def find(
         ModelFormatError: If there is neither such a folder nor such a repository, or it holds no
             Q-RAG model.
     """
-    folder = Path(path).expanduser()
+    folder = packaged(path) or Path(path).expanduser()
     if not folder.is_dir():
         try:
             downloaded = snapshot_download(
@@ -146,9 +149,16 @@ def find(
     return folder
 
 
+def packaged(name: str | Path) -> Path | None:
+    """The folder of a model that comes with the package; a folder of that name here comes first."""
+    folder = _PACKAGED / name
+    here = Path(name).expanduser().is_dir()
+    return folder if len(Path(name).parts) == 1 and folder.is_dir() and not here else None
+
+
 def is_qrag_model(path: str | Path) -> bool:
     """Whether a folder, or else a repository on the hub, holds a Q-RAG model."""
-    folder = Path(path).expanduser()
+    folder = packaged(path) or Path(path).expanduser()
     if folder.is_dir():
         return (folder / CONFIG_FILE).is_file()
     try:
@@ -172,6 +182,10 @@ def load(
         UnsafeModelError: If the folder holds code or pickles and that is not allowed.
         ConfigError: If a setting is unknown or out of range.
     """
+    if compact.is_compact(folder):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as plain:
+            compact.unpack(folder, Path(plain))
+            return load(Path(plain), trust_remote_code=trust_remote_code)
     text = (folder / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
     config = QRAGConfig.from_json(text)
     if not trust_remote_code:
@@ -193,7 +207,9 @@ def load(
         ) from error
 
 
-def save(model: SentenceTransformer, config: QRAGConfig, folder: Path) -> Path:
+def save(
+    model: SentenceTransformer, config: QRAGConfig, folder: Path, *, compactly: bool = False
+) -> Path:
     """Write a model folder: beside the target first, then put in its place.
 
     Raises:
@@ -209,7 +225,12 @@ def save(model: SentenceTransformer, config: QRAGConfig, folder: Path) -> Path:
     new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
     try:
-        _write(model, config, new, name=folder.name)
+        if compactly:
+            with tempfile.TemporaryDirectory() as plain:
+                _write(model, config, Path(plain), name=folder.name)
+                compact.pack(Path(plain), new)
+        else:
+            _write(model, config, new, name=folder.name)
         new.chmod(0o755)
         if folder.exists():
             folder.replace(old)  # an empty folder may be replaced

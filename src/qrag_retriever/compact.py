@@ -1,0 +1,145 @@
+"""A model folder in a fifth of the space: 8-bit weights, shared ones once, checked files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qrag_retriever.errors import ModelFormatError
+from qrag_retriever.offline import check_sha256
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+WEIGHTS = "weights.safetensors"
+MANIFEST = "manifest.json"
+
+_PLAIN = "model.safetensors"  # the weights of one encoder
+_SCALE = ".scale"
+# Smaller matrices are kept as they are: they take no space worth the rounding.
+_LARGE = 1 << 9
+
+
+def is_compact(folder: Path) -> bool:
+    """Whether a folder holds a model in this form."""
+    return (folder / WEIGHTS).is_file()
+
+
+def pack(source: Path, target: Path) -> None:
+    """Write the compact form of a model folder.
+
+    Each row of a matrix becomes 8-bit integers and one factor, which moves a weight by at most
+    1/254 of the largest in its row; vectors become float16. A matrix that both encoders have, such
+    as frozen word embeddings, is kept once.
+
+    Args:
+        source: Folder that `QRAGModel.save_pretrained` wrote.
+        target: An empty folder.
+    """
+    places: dict[str, str] = {}  # of each tensor, the name it is kept under
+    kept: dict[str, Tensor] = {}
+    names: dict[str, str] = {}  # of each content, the same
+    _copy(source, target, except_for=(_PLAIN,))
+    for file in sorted(source.rglob(_PLAIN)):
+        name = file.relative_to(source).as_posix()
+        for key, tensor in load_file(file).items():
+            own = f"{name}:{key}"
+            places[own] = names.setdefault(_digest(tensor), own)
+            if places[own] == own:
+                kept |= _packed(own, tensor)
+    save_file(kept, target / WEIGHTS, metadata={"places": json.dumps(places)})
+    digests = {f.relative_to(target).as_posix(): _sha256(f) for f in _files(target)}
+    (target / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
+
+
+def unpack(source: Path, target: Path) -> None:
+    """Write the plain form of a compact folder, float32.
+
+    Args:
+        source: Folder that `pack` wrote.
+        target: An empty folder.
+
+    Raises:
+        ModelFormatError: If a file is not what the manifest names, or the weights are damaged.
+    """
+    check_manifest(source)
+    _copy(source, target, except_for=(WEIGHTS, MANIFEST))
+    with safe_open(source / WEIGHTS, framework="pt") as stored:
+        places: dict[str, str] = json.loads(stored.metadata()["places"])
+    kept = load_file(source / WEIGHTS)
+    files: dict[str, dict[str, Tensor]] = {}
+    for own, place in places.items():
+        name, _, key = own.partition(":")
+        files.setdefault(name, {})[key] = _unpacked(kept, place)
+    for name, tensors in files.items():
+        save_file(tensors, target / name, metadata={"format": "pt"})
+
+
+def check_manifest(folder: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        ModelFormatError: If there is no manifest, a file is missing, or it differs.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ModelFormatError(f"{folder} has no {MANIFEST}; copy or install the model again.")
+    try:
+        digests: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+        named = {folder / name: digest for name, digest in digests.items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ModelFormatError(f"{file} is damaged: {error}. Copy the model again.") from error
+    for path, digest in named.items():
+        check_sha256(path, digest)
+    if foreign := set(_files(folder)) - set(named) - {file}:
+        raise ModelFormatError(
+            f"{min(foreign)} does not belong to the model; copy or install it again."
+        )
+
+
+def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    if not tensor.is_floating_point():
+        return {name: tensor}
+    if tensor.ndim != 2 or tensor.numel() < _LARGE:
+        return {name: tensor.half()}
+    scale = tensor.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
+    return {name: (tensor / scale).round().to(torch.int8), name + _SCALE: scale}
+
+
+def _unpacked(kept: dict[str, Tensor], name: str) -> Tensor:
+    tensor = kept[name]
+    if name + _SCALE in kept:
+        return tensor.float() * kept[name + _SCALE]
+    return tensor.float() if tensor.is_floating_point() else tensor.clone()
+
+
+def _copy(source: Path, target: Path, except_for: tuple[str, ...]) -> None:
+    for file in _files(source):
+        if file.name not in except_for:
+            copy = target / file.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _digest(tensor: Tensor) -> str:
+    content = tensor.contiguous().view(torch.uint8) if tensor.ndim else tensor.reshape(1)
+    digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    digest.update(content.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
