@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 TokenIds = Sequence[int]
 
-# Tokens of a padded batch. A CPU is slower with larger ones, whose activations leave its cache.
+# Tokens of a padded batch. A CPU is slower with larger ones, whose activations leave its cache;
+# those of a narrow encoder take less of it.
 CPU_BATCH_TOKENS = 1024
+_CPU_BATCH_NUMBERS = 1 << 18
 GPU_BATCH_TOKENS = 65536
 
 
@@ -213,7 +215,8 @@ class Encoder(nn.Module):
             Numbers of inputs, those of the longest first.
         """
         if batch_tokens is None:
-            batch_tokens = CPU_BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+            on_cpu = max(CPU_BATCH_TOKENS, _CPU_BATCH_NUMBERS // self.dimension)
+            batch_tokens = on_cpu if self.device.type == "cpu" else GPU_BATCH_TOKENS
         batch: list[int] = []
         for row in sorted(range(len(inputs)), key=lambda row: -len(inputs[row])):
             if batch and (len(batch) + 1) * len(inputs[batch[0]]) > batch_tokens:
