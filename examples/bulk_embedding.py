@@ -1,0 +1,53 @@
+"""Embed a corpus with Ray Data on several workers, and search what they made.
+
+    pip install 'qrag-retriever[offline,ray]'
+    python examples/bulk_embedding.py --workers 2
+
+The embeddings are kept as Parquet files: embedding is done once, however often the index is built.
+A worker that dies is started again and its batch given out anew. On a cluster the same script runs
+by ``ray job submit``; to write straight into a vector store see ``qrag_retriever.bulk.fill_store``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import ray.data
+
+from book import QUESTION, read_chunks
+from qrag_retriever import QRAGModel, QRAGRetriever
+from qrag_retriever.bulk import embed_dataset, index_of
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--gpus", type=float, default=0, help="GPUs of each worker")
+    parser.add_argument("--chunks", type=int, help="take the first so many chunks alone")
+    parser.add_argument("--folder", type=Path, default=Path("runs/bulk"))
+    arguments = parser.parse_args()
+
+    folder = arguments.folder.resolve()
+    model, embedded = folder / "model", folder / "embedded"
+    if not model.exists():
+        QRAGModel.from_encoder(device="cpu").save_pretrained(model)
+    if not embedded.exists():
+        chunks = read_chunks()[: arguments.chunks]
+        rows = [{"id": str(number), "text": text} for number, text in enumerate(chunks)]
+        dataset = ray.data.from_items(rows).repartition(4 * arguments.workers)
+        embed_dataset(
+            dataset, model, workers=arguments.workers, gpus=arguments.gpus, batch_size=64
+        ).write_parquet(str(embedded))
+
+    dataset = ray.data.read_parquet(str(embedded))
+    dataset = dataset.map(lambda row: {**row, "number": int(row["id"])}).sort("number")
+    index = index_of(dataset, QRAGModel.from_pretrained(model))
+    print(f"{len(index)} chunks embedded by {arguments.workers} workers")
+    print(QRAGRetriever(index=index).search(QUESTION, k=4))
+
+
+if __name__ == "__main__":
+    main()

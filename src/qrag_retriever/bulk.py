@@ -1,0 +1,189 @@
+"""Embedding a corpus with Ray Data: on several processes, GPUs or machines."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qrag_retriever.chunk import to_chunks
+from qrag_retriever.errors import InvalidInputError, MissingDependencyError
+from qrag_retriever.index import ChunkIndex
+from qrag_retriever.model import QRAGModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    # a column of a batch by its name
+    Batch = dict[str, NDArray[Any]]
+
+
+class ChunkEmbedder:
+    """A worker that keeps a model and embeds batches, for ``Dataset.map_batches``.
+
+    Args:
+        model: Folder or hub name of a Q-RAG model.
+        device: Where to compute; ``None``: a GPU if the worker has one.
+    """
+
+    def __init__(self, model: str, device: str | None = None) -> None:
+        self._model = QRAGModel.from_pretrained(model, device=device)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Add the column ``embedding`` to a batch with the column ``text``."""
+        embeddings = self._model.encode_actions([str(text) for text in batch["text"]])
+        return {**batch, "embedding": embeddings}
+
+
+class StoreWriter:
+    """A worker that keeps a vector store and writes batches into it, for ``Dataset.map_batches``.
+
+    A batch that is written again because its worker died takes the place of the first: ids count.
+
+    Args:
+        open_store: Makes a LangChain vector store whose embedding is `QRAGEmbeddings`; called in
+            the worker.
+    """
+
+    def __init__(self, open_store: Callable[[], Any]) -> None:
+        self._store = open_store()
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Write a batch with the columns ``id`` and ``text``; all other columns are metadata."""
+        others = [name for name in batch if name not in ("id", "text")]
+        ids = [str(id_) for id_ in batch["id"]]
+        self._store.add_texts([str(text) for text in batch["text"]], _rows(batch, others), ids=ids)
+        return {"id": batch["id"]}
+
+
+def embed_dataset(
+    dataset: Any,
+    model: str | Path,
+    *,
+    workers: int = 2,
+    gpus: float = 0,
+    batch_size: int = 1024,
+) -> Any:
+    """A Ray dataset with the embeddings of its texts.
+
+    Ray restarts a worker that dies and gives its batches to the others. Written with
+    ``write_parquet``, the result can be read again without embedding anew.
+
+    Args:
+        dataset: A ``ray.data.Dataset`` with the column ``text``.
+        model: Folder or hub name of a Q-RAG model, where all workers can read it.
+        workers: Number of them.
+        gpus: GPUs of each; 0: it computes on a CPU.
+        batch_size: Texts that a worker gets at once.
+
+    Returns:
+        The dataset with a further column ``embedding``, computed when it is read.
+
+    Raises:
+        InvalidInputError: If there is no column ``text``.
+        MissingDependencyError: If Ray is not installed.
+    """
+    _needs_ray()
+    _check_columns(dataset, ("text",))
+    return dataset.map_batches(
+        ChunkEmbedder,
+        fn_constructor_kwargs={"model": str(model), "device": "cuda" if gpus else "cpu"},
+        concurrency=workers,
+        num_gpus=gpus,
+        batch_size=batch_size,
+    )
+
+
+def fill_store(
+    dataset: Any,
+    open_store: Callable[[], Any],
+    *,
+    workers: int = 2,
+    gpus: float = 0,
+    batch_size: int = 1024,
+) -> int:
+    """Embed a Ray dataset straight into a vector store.
+
+    Args:
+        dataset: A ``ray.data.Dataset`` with the columns ``id`` and ``text``; all others become
+            metadata.
+        open_store: Makes a LangChain vector store whose embedding is `QRAGEmbeddings`, on a server
+            that all workers reach.
+        workers: Number of them.
+        gpus: GPUs of each; 0: it computes on a CPU.
+        batch_size: Texts that a worker gets at once.
+
+    Returns:
+        Number of chunks written.
+
+    Raises:
+        InvalidInputError: If a column is missing.
+        MissingDependencyError: If Ray is not installed.
+    """
+    _needs_ray()
+    _check_columns(dataset, ("id", "text"))
+    written = dataset.map_batches(
+        StoreWriter,
+        fn_constructor_kwargs={"open_store": open_store},
+        concurrency=workers,
+        num_gpus=gpus,
+        batch_size=batch_size,
+    )
+    return int(written.count())
+
+
+def index_of(dataset: Any, model: QRAGModel) -> ChunkIndex:
+    """An index of a dataset that `embed_dataset` made; its rows are the document's order.
+
+    Args:
+        dataset: With the columns ``text`` and ``embedding``, and ``id`` if chunks have ids; all
+            others become metadata.
+        model: The model that embedded it.
+
+    Raises:
+        InvalidInputError: If a column is missing, or there are no rows, and see
+            `ChunkIndex.from_embeddings`.
+    """
+    _check_columns(dataset, ("text", "embedding"))
+    texts: list[str] = []
+    metadatas: list[dict[str, Any]] = []
+    ids: list[str] = []
+    parts: list[NDArray[np.float32]] = []
+    for batch in dataset.iter_batches(batch_format="numpy"):
+        parts.append(np.stack(list(batch["embedding"])).astype(np.float32, copy=False))
+        others = [name for name in batch if name not in ("id", "text", "embedding")]
+        texts += map(str, batch["text"])
+        ids += map(str, batch.get("id", ()))
+        metadatas += _rows(batch, others)
+    if not texts:
+        raise InvalidInputError("The dataset has no rows; give at least one text.")
+    chunks = to_chunks(texts, metadatas=metadatas, ids=ids or None)
+    return ChunkIndex.from_embeddings(chunks, np.concatenate(parts), model=model)
+
+
+def _rows(batch: Batch, names: list[str]) -> list[dict[str, Any]]:
+    """Some columns row by row, NumPy's numbers as Python's own."""
+    values = zip(*(batch[name].tolist() for name in names), strict=True)
+    rows = [dict(zip(names, row, strict=True)) for row in values]
+    return rows or [{} for _ in batch["text"]]
+
+
+def _check_columns(dataset: Any, needed: tuple[str, ...]) -> None:
+    columns = dataset.columns()
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise InvalidInputError(
+            f"The dataset has the columns {', '.join(columns)} and lacks {', '.join(missing)}; "
+            "rename or add them."
+        )
+
+
+def _needs_ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise MissingDependencyError(
+            "Bulk embedding needs Ray Data; install 'qrag-retriever[ray]'."
+        )

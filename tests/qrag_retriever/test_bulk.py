@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qrag_retriever import ChunkIndex, QRAGModel
+from qrag_retriever.bulk import ChunkEmbedder, StoreWriter, embed_dataset, fill_store, index_of
+from qrag_retriever.errors import InvalidInputError, MissingDependencyError
+
+TEXTS = [f"the {colour} cup fell {n} times" for n in range(12) for colour in ("red", "blue")]
+
+
+class Rows:
+    """A dataset of one or more batches, as `index_of` reads it."""
+
+    def __init__(self, *batches: dict[str, Any]) -> None:
+        self.batches = batches
+
+    def columns(self) -> list[str]:
+        return list(self.batches[0])
+
+    def iter_batches(self, batch_format: str) -> Any:
+        assert batch_format == "numpy"
+        return iter(self.batches)
+
+
+class Store:
+    """Keeps what is added, by id."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[str, dict[str, Any]]] = {}
+
+    def add_texts(self, texts: list[str], metadatas: list[dict[str, Any]], ids: list[str]) -> None:
+        self.kept |= {i: (t, m) for i, t, m in zip(ids, texts, metadatas, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: QRAGModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model.save_pretrained(tmp_path_factory.mktemp("bulk") / "model")
+
+
+def test_a_worker_embeds_as_the_model_does(tiny_model: QRAGModel, folder: Path) -> None:
+    batch = ChunkEmbedder(str(folder), "cpu")({"text": np.array(TEXTS), "page": np.arange(24)})
+    np.testing.assert_allclose(batch["embedding"], tiny_model.encode_actions(TEXTS), atol=1e-6)
+    assert batch["page"].tolist() == list(range(24))
+
+
+def test_an_index_of_batches_is_the_index_of_the_texts(tiny_model: QRAGModel) -> None:
+    embeddings = tiny_model.encode_actions(TEXTS)
+    parts = [
+        {
+            "text": np.array(TEXTS[part]),
+            "page": np.arange(24)[part],
+            "embedding": np.array([*embeddings[part], None], dtype=object)[:-1],
+        }
+        for part in (slice(0, 10), slice(10, 24))
+    ]
+    index = index_of(Rows(*parts), tiny_model)
+    pages = [{"page": page} for page in range(24)]
+    expected = ChunkIndex.from_texts(TEXTS, pages, model=tiny_model)
+    assert list(index.snapshot().chunks) == list(expected.snapshot().chunks)
+    np.testing.assert_allclose(index.snapshot().embeddings, embeddings, atol=1e-6)
+    numbered = index_of(Rows({**parts[0], "id": np.arange(10)}), tiny_model)
+    assert [chunk.id for chunk in numbered.snapshot().chunks] == list(map(str, range(10)))
+
+
+def test_a_batch_written_twice_is_there_once() -> None:
+    store = Store()
+    writer = StoreWriter(lambda: store)
+    batch = {"id": np.array([3, 4]), "text": np.array(["a", "b"]), "page": np.array([7, 8])}
+    for _ in range(2):
+        assert writer(batch)["id"].tolist() == [3, 4]
+    assert store.kept == {"3": ("a", {"page": 7}), "4": ("b", {"page": 8})}
+    assert type(store.kept["3"][1]["page"]) is int
+
+
+def test_what_is_missing_is_told(tiny_model: QRAGModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidInputError, match="has the columns text and lacks embedding"):
+        index_of(Rows({"text": np.array(["a"])}), tiny_model)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    for call in (lambda: embed_dataset(None, "m"), lambda: fill_store(None, Store)):
+        with pytest.raises(MissingDependencyError, match=r"qrag-retriever\[ray\]"):
+            call()
+
+
+class DiesOnce(ChunkEmbedder):
+    """Kills its process at its first batch, unless that has happened before."""
+
+    def __init__(self, model: str, device: str | None = None) -> None:
+        super().__init__(model, device)
+        self.marker = Path(model).with_name("died")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(batch)
+
+
+def test_two_workers_of_which_one_is_killed(
+    tiny_model: QRAGModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = pytest.importorskip("ray")
+    pytest.importorskip("ray.data")
+    here = str(Path(__file__).parent)
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": here}})
+    try:
+        ray.data.DataContext.get_current().execution_options.preserve_order = True
+        monkeypatch.setattr("qrag_retriever.bulk.ChunkEmbedder", DiesOnce)
+        rows = [{"id": str(i), "text": text} for i, text in enumerate(TEXTS)]
+        dataset = embed_dataset(ray.data.from_items(rows), folder, workers=2, batch_size=4)
+        index = index_of(dataset, tiny_model)
+    finally:
+        ray.shutdown()
+    assert (folder.parent / "died").exists()
+    assert [chunk.text for chunk in index.snapshot().chunks] == TEXTS
+    expected = tiny_model.encode_actions(TEXTS)
+    np.testing.assert_allclose(index.snapshot().embeddings, expected, atol=1e-6)
