@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from qrag_train.cli import main
 from qrag_train.curves import read_curves
 from qrag_train.module import QRAGTrainingModule
 
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "reference"
 
 
@@ -242,6 +244,18 @@ def test_a_preset_in_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     file.write_text("preset: babilong")
     assert main(["fit", f"--config={file}"]) == 1
     assert "--preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_configs_of_the_examples_are_understood(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={file}", "--print_config"])
+    assert stop.value.code == 0
+    printed, given = (yaml.safe_load(text) for text in (capsys.readouterr().out, file.read_text()))
+    assert printed["model"]["pqn"].items() >= {**given["model"]["pqn"], "reward": ANY}.items()
+    assert printed["data"]["val_samples"] == given["data"]["val_samples"]
 
 
 def test_help_names_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
