@@ -88,11 +88,13 @@ def embed_dataset(
         MissingDependencyError: If Ray is not installed.
     """
     _needs_ray()
+    from ray.data import ActorPoolStrategy
+
     _check_columns(dataset, ("text",))
     return dataset.map_batches(
         ChunkEmbedder,
         fn_constructor_kwargs={"model": str(model), "device": "cuda" if gpus else "cpu"},
-        concurrency=workers,
+        compute=ActorPoolStrategy(size=workers),
         num_gpus=gpus,
         batch_size=batch_size,
     )
@@ -125,11 +127,13 @@ def fill_store(
         MissingDependencyError: If Ray is not installed.
     """
     _needs_ray()
+    from ray.data import ActorPoolStrategy
+
     _check_columns(dataset, ("id", "text"))
     written = dataset.map_batches(
         StoreWriter,
         fn_constructor_kwargs={"open_store": open_store},
-        concurrency=workers,
+        compute=ActorPoolStrategy(size=workers),
         num_gpus=gpus,
         batch_size=batch_size,
     )

@@ -89,27 +89,23 @@ def test_what_is_missing_is_told(tiny_model: QRAGModel, monkeypatch: pytest.Monk
             call()
 
 
-class DiesOnce(ChunkEmbedder):
-    """Kills its process at its first batch, unless that has happened before."""
-
-    def __init__(self, model: str, device: str | None = None) -> None:
-        super().__init__(model, device)
-        self.marker = Path(model).with_name("died")
-
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if not self.marker.exists():
-            self.marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(batch)
-
-
 def test_two_workers_of_which_one_is_killed(
     tiny_model: QRAGModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.data")
-    here = str(Path(__file__).parent)
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": here}})
+    died = folder.parent / "died"
+
+    class DiesOnce(ChunkEmbedder):
+        """Kills its process at its first batch, unless that has happened before."""
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            if not died.exists():
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    ray.init(num_cpus=4, include_dashboard=False)
     try:
         ray.data.DataContext.get_current().execution_options.preserve_order = True
         monkeypatch.setattr("qrag_retriever.bulk.ChunkEmbedder", DiesOnce)
@@ -118,7 +114,7 @@ def test_two_workers_of_which_one_is_killed(
         index = index_of(dataset, tiny_model)
     finally:
         ray.shutdown()
-    assert (folder.parent / "died").exists()
+    assert died.exists()
     assert [chunk.text for chunk in index.snapshot().chunks] == TEXTS
     expected = tiny_model.encode_actions(TEXTS)
     np.testing.assert_allclose(index.snapshot().embeddings, expected, atol=1e-6)
