@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qrag_retriever.config import QRAGConfig
+    from qrag_retriever.vectors import StoredVectors
 
 AnnKind = Literal["none", "flat", "hnsw"]
 
 _NEIGHBOURS = 32  # HNSW: edges per node, candidates while building, least candidates in a search
 _BUILD_CANDIDATES = 160
 _SEARCH_CANDIDATES = 128
+_AT_ONCE = 1 << 16  # rows converted to float32 together
 _SPARSE = 0.1  # below this share of allowed rows the graph loses its way: look at each of them
 
 
@@ -45,7 +47,7 @@ class AnnIndex:
     """Finds the chunks with the largest inner product with a state.
 
     Args:
-        embeddings: float32 ``[N, d]``, N at least 1.
+        vectors: The embeddings ``[N, d]``, N at least 1. FAISS keeps a float32 copy of them.
         kind: ``"flat"`` (exact, all chunks) or ``"hnsw"`` (approximate, a graph).
         stored: What :meth:`to_bytes` gave, to save building it.
 
@@ -54,31 +56,34 @@ class AnnIndex:
 
     Example:
         >>> import numpy as np
+        >>> from qrag_retriever.vectors import StoredVectors
         >>> corpus = np.eye(3, 4, dtype=np.float32)
-        >>> AnnIndex(corpus, "flat").search(corpus[1:2], k=1)
+        >>> AnnIndex(StoredVectors(corpus), "flat").search(corpus[1:2], k=1)
         array([[1]])
     """
 
     def __init__(
         self,
-        embeddings: NDArray[np.float32],
+        vectors: StoredVectors,
         kind: Literal["flat", "hnsw"],
         stored: NDArray[np.uint8] | None = None,
     ) -> None:
         faiss = _faiss()
 
-        self._embeddings = embeddings
+        self._vectors = vectors
         self._kind = kind
         if stored is not None:
-            self._index = _read(stored, embeddings.shape)
+            self._index = _read(stored, vectors.shape)
             return
-        dimension = embeddings.shape[1]
+        count, dimension = vectors.shape
         if kind == "flat":
             self._index = faiss.IndexFlatIP(dimension)
         else:
             self._index = faiss.IndexHNSWFlat(dimension, _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
             self._index.hnsw.efConstruction = _BUILD_CANDIDATES
-        self._index.add(np.ascontiguousarray(embeddings))
+        for first in range(0, count, _AT_ONCE):
+            some = vectors.float32(slice(first, first + _AT_ONCE))
+            self._index.add(np.ascontiguousarray(some))
 
     def search(
         self, states: NDArray[np.float32], k: int, rows: NDArray[np.int64] | None = None
@@ -96,7 +101,7 @@ class AnnIndex:
         Raises:
             InvalidInputError: If the shapes do not fit, or ``k < 1``.
         """
-        count, dimension = self._embeddings.shape
+        count, dimension = self._vectors.shape
         if states.ndim != 2 or states.shape[1] != dimension:
             raise InvalidInputError(
                 f"states have shape {states.shape}; the index takes [S, {dimension}]."
@@ -127,7 +132,7 @@ class AnnIndex:
 
         choice: dict[str, Any] = {}
         if rows is not None:
-            allowed = np.zeros(len(self._embeddings), dtype=bool)
+            allowed = np.zeros(len(self._vectors), dtype=bool)
             allowed[rows] = True
             choice["sel"] = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
         if self._kind == "flat":
@@ -137,8 +142,8 @@ class AnnIndex:
     def _exact(
         self, states: NDArray[np.float32], k: int, rows: NDArray[np.int64] | None
     ) -> NDArray[np.int64]:
-        candidates = np.arange(len(self._embeddings)) if rows is None else rows
-        values = states @ self._embeddings[candidates].T
+        candidates = np.arange(len(self._vectors)) if rows is None else rows
+        values = states @ self._vectors.float32(candidates).T
         return candidates[np.argsort(-values, axis=1, kind="stable")[:, :k]]
 
 

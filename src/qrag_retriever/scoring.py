@@ -8,6 +8,7 @@ So a step costs about what reading the corpus once costs, for several states tog
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qrag_retriever.errors import InvalidInputError
+from qrag_retriever.quantized import QuantizedRows, multiplies_integers
 from qrag_retriever.rotary import phases, rotate, turn
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from qrag_retriever.positions import PositionScheme, Runs
 
+    Rows = Tensor | QuantizedRows
+
 # Interpolated in P Chebyshev nodes on a run of ρ-width w, Q is off by at most 2 (w/4)^P / P! of
 # |s||a|, reached only if all components turn at the highest frequency: 7.6e-7 and 6.8e-7 here.
 _NARROW = (0.22, 4)  # fewer vectors
@@ -31,7 +35,7 @@ _WIDE = (1.0, 6)  # fewer runs
 
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _BLOCK = 1 << 20  # numbers in a temporary: 4 MB in float32
-_GROUP = 16  # states that share a pass over the corpus
+_GROUP = 32  # states that share a pass over the corpus
 _LONG = 500  # average rows of a narrow run above which fewer vectors are worth more runs
 _SHORT = 16  # average rows of a piece below which a rotated state for each row costs less
 _SPARSE = 4  # rows read for each row wanted, above which to gather the wanted ones costs less
@@ -58,7 +62,7 @@ def q_at(states: Tensor, actions: Tensor, positions: Tensor, base: float = 10000
 @torch.no_grad()
 def score(
     states: Tensor,
-    actions: Tensor,
+    actions: Tensor | QuantizedRows,
     retrieved: Sequence[Sequence[int]],
     scheme: PositionScheme,
     *,
@@ -69,8 +73,8 @@ def score(
 
     Args:
         states: State embeddings ``[S, d]``.
-        actions: Chunk embeddings without position ``[M, d]``, of any floating point type, in
-            the memory of the CPU or a GPU; may be memory-mapped.
+        actions: Chunk embeddings without position ``[M, d]``, of any floating point type or
+            quantized, in the memory of the CPU or a GPU; may be memory-mapped.
         retrieved: The chunks each state holds, counted among the candidates, ``0 … n-1``.
         scheme: Where chunks lie, given the retrieved ones.
         rows: The rows of ``actions`` that are candidates, ascending; ``None``: all, ``n = M``.
@@ -153,13 +157,24 @@ def _score_by_piece(scores: Tensor, vectors: Tensor, corpus: _Corpus, pieces: _P
         scores[:, bounds[0] : bounds[-1]] = q.T
 
 
-def _products(block: Tensor, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
+def _products(block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
     """The product of each row with the vectors of its piece, ``[G, S, P, d]``: ``[L, P, S]``."""
     states, nodes = vectors.shape[1:3]
-    columns = _two_at_least(vectors.transpose(1, 2).flatten(1, 2)).mT
-    chunks = torch.split(block, np.diff(edges).tolist())
-    products = torch.cat([some.float() @ c for some, c in zip(chunks, columns, strict=True)])
+    columns = vectors.transpose(1, 2).flatten(1, 2)
+    if isinstance(block, QuantizedRows) and _unconverted(block):
+        products = block.products(edges, columns)
+    else:
+        pieces = zip(itertools.pairwise(edges.tolist()), _two_at_least(columns), strict=True)
+        # piece by piece: what was just converted is still in the cache when it is multiplied
+        products = torch.cat([block[first:last].float() @ c.T for (first, last), c in pieces])
     return torch.unflatten(products[:, : nodes * states], 1, (nodes, states))
+
+
+def _unconverted(rows: Rows) -> bool:
+    """Whether products with these rows need no copy of them in float32."""
+    if isinstance(rows, QuantizedRows):  # a GPU multiplies integers in some shapes alone
+        return rows.device.type == "cpu" and multiplies_integers()
+    return rows.dtype == torch.float32
 
 
 def _two_at_least(vectors: Tensor) -> Tensor:
@@ -256,7 +271,7 @@ def _score_absolute(scores: Tensor, states: Tensor, corpus: _Corpus, base: float
 class _Corpus:
     """The candidate rows of a matrix, read in blocks."""
 
-    def __init__(self, actions: Tensor, rows: NDArray[np.int64] | None) -> None:
+    def __init__(self, actions: Rows, rows: NDArray[np.int64] | None) -> None:
         inside = rows is None or not len(rows) or 0 <= rows[0] <= rows[-1] < len(actions)
         if not inside or (rows is not None and (np.diff(rows) < 1).any()):
             raise InvalidInputError(
@@ -269,10 +284,12 @@ class _Corpus:
 
     def block_rows(self, columns: int) -> int:
         """How many rows to take at a time where each of them fills so many temporary columns."""
-        untouched = self.rows is None and self.actions.dtype == torch.float32
+        untouched = self.rows is None and _unconverted(self.actions)
+        if isinstance(self.actions, QuantizedRows):
+            columns *= 4  # integers and their sums, in two parts each
         return max(1, _BLOCK // (columns if untouched else max(columns, self.actions.shape[1])))
 
-    def read(self, bounds: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64], Tensor | None]:
+    def read(self, bounds: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64], Tensor | None]:
         """The candidates from ``bounds[0]`` up to ``bounds[-1]``, if possible without a copy.
 
         Returns:

@@ -7,6 +7,7 @@ from fake_model import FakeModel
 from qrag_retriever.ann import AnnIndex
 from qrag_retriever.errors import ConfigError, IndexFormatError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
+from qrag_retriever.vectors import StoredVectors
 
 COUNT, DIMENSION = 3000, 64
 
@@ -33,7 +34,7 @@ def states() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def hnsw(corpus: np.ndarray) -> AnnIndex:
-    return AnnIndex(corpus, "hnsw")
+    return AnnIndex(StoredVectors(corpus), "hnsw")
 
 
 def allowed(share: float | None) -> np.ndarray | None:
@@ -45,7 +46,7 @@ def allowed(share: float | None) -> np.ndarray | None:
 @pytest.mark.parametrize("share", [None, 0.5, 0.003])
 def test_flat_equals_exact(corpus: np.ndarray, states: np.ndarray, share: float | None) -> None:
     rows = allowed(share)
-    found = AnnIndex(corpus, "flat").search(states, 10, rows)
+    found = AnnIndex(StoredVectors(corpus), "flat").search(states, 10, rows)
     expected = exact(states, corpus, 10, rows)
     assert found.dtype == np.int64
     assert np.array_equal(found, expected)
@@ -69,7 +70,7 @@ def test_hnsw_always_fills_its_answer(corpus: np.ndarray, states: np.ndarray) ->
     split[:, 0] += np.where(np.arange(400) < 300, 100, -100)
     rows = np.arange(300, 400)
     states = np.abs(states)
-    found = AnnIndex(split, "hnsw").search(states, 60, rows)
+    found = AnnIndex(StoredVectors(split), "hnsw").search(states, 60, rows)
     assert found.shape == (len(states), 60)
     assert np.isin(found, rows).all()
     assert all(len(set(line)) == 60 for line in found.tolist())
@@ -77,7 +78,7 @@ def test_hnsw_always_fills_its_answer(corpus: np.ndarray, states: np.ndarray) ->
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
 def test_small_and_empty_requests(kind: str) -> None:
-    index = AnnIndex(np.eye(3, dtype=np.float32), kind)
+    index = AnnIndex(StoredVectors(np.eye(3, dtype=np.float32)), kind)
     states = np.array([[1, 3, 2]], dtype=np.float32)
     assert index.search(states, 10).tolist() == [[1, 2, 0]]
     assert index.search(states, 10, np.array([0, 2])).tolist() == [[2, 0]]
@@ -88,20 +89,22 @@ def test_small_and_empty_requests(kind: str) -> None:
 @pytest.mark.parametrize(("shape", "k"), [((1, 4), 1), ((3,), 1), ((1, 3), 0)])
 def test_wrong_requests(shape: tuple[int, ...], k: int) -> None:
     with pytest.raises(InvalidInputError):
-        AnnIndex(np.eye(3, dtype=np.float32), "flat").search(np.ones(shape, np.float32), k)
+        AnnIndex(StoredVectors(np.eye(3, dtype=np.float32)), "flat").search(
+            np.ones(shape, np.float32), k
+        )
 
 
 def test_stored_hnsw_is_the_same_index(
     corpus: np.ndarray, states: np.ndarray, hnsw: AnnIndex
 ) -> None:
     stored = hnsw.to_bytes()
-    again = AnnIndex(corpus, "hnsw", stored)
+    again = AnnIndex(StoredVectors(corpus), "hnsw", stored)
     assert np.array_equal(again.search(states, 10), hnsw.search(states, 10))
     with pytest.raises(IndexFormatError, match="over 3000 vectors of 64"):
-        AnnIndex(corpus[:-1], "hnsw", stored)
+        AnnIndex(StoredVectors(corpus[:-1]), "hnsw", stored)
     with pytest.raises(IndexFormatError, match="cannot be read"):
-        AnnIndex(corpus, "hnsw", stored[:500])
-    assert AnnIndex(corpus, "flat").to_bytes() is None
+        AnnIndex(StoredVectors(corpus), "hnsw", stored[:500])
+    assert AnnIndex(StoredVectors(corpus), "flat").to_bytes() is None
 
 
 def test_positions_and_unknown_kinds_are_refused() -> None:
