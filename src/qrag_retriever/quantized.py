@@ -74,19 +74,18 @@ class QuantizedRows:
         Returns:
             float32 ``[M, C]``.
         """
-        result = torch.empty(vectors.shape[1], len(self), device=self.device)
-        step = vectors.abs().amax(dim=-1, keepdim=True) / (_LARGEST * (_PART + 1))
-        step.clamp_(min=torch.finfo(torch.float32).tiny)  # a vector of zeros
+        step = vectors.abs().amax(dim=(0, 2), keepdim=True) / (_LARGEST * (_PART + 1))
+        step.clamp_(min=torch.finfo(torch.float32).tiny)  # vectors of zeros
         whole = (vectors / step).round_()
         high = (whole / _PART).round_()
         parts = torch.cat([high, whole - _PART * high], dim=1).to(torch.int8)
-        for (first, last), part, unit in zip(
-            itertools.pairwise(edges.tolist()), parts, step, strict=True
-        ):
-            sums = torch._int_mm(part, self.values[first:last].T).float()  # noqa: SLF001
-            upper, lower = sums.chunk(2)
-            torch.mul(lower.add_(upper, alpha=_PART), unit, out=result[:, first:last])
-        return result.mul_(self.scales).T
+        stretches = zip(itertools.pairwise(edges.tolist()), parts, strict=True)
+        sums = torch.cat(
+            [torch._int_mm(part, self.values[first:last].T) for (first, last), part in stretches],  # noqa: SLF001
+            dim=1,
+        )
+        upper, lower = sums.float().chunk(2)
+        return lower.add_(upper, alpha=_PART).mul_(step[0]).mul_(self.scales).T
 
 
 @functools.cache

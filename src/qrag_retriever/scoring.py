@@ -143,7 +143,8 @@ def _score_by_piece(scores: Tensor, vectors: Tensor, corpus: _Corpus, pieces: _P
     """One product per piece with the vectors of its runs, then one polynomial per chunk."""
     run = torch.from_numpy(pieces.run).to(scores.device)
     columns = vectors.shape[1] * run.shape[1]
-    for some in pieces.groups(corpus.block_rows(columns), _BLOCK // (columns * vectors.shape[2])):
+    most_pieces = _BLOCK // (columns * vectors.shape[2] * corpus.temporaries)
+    for some in pieces.groups(corpus.block_rows(columns), most_pieces):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)
         powers = _products(block, edges, vectors[run[some]])
@@ -261,7 +262,7 @@ def _score_by_row(
 def _score_absolute(scores: Tensor, states: Tensor, corpus: _Corpus, base: float) -> None:
     """Turn every block by the same angles: ``⟨s, R(b + i)a⟩ = ⟨R(-b)s, R(i)a⟩``."""
     dimension = states.shape[1]
-    here = torch.arange(min(corpus.n, corpus.block_rows(dimension)), device=states.device)
+    here = torch.arange(min(corpus.n, corpus.converted_rows(dimension)), device=states.device)
     angles = phases(here, dimension, base).to(torch.complex64)
     for part, block in corpus.blocks(columns=dimension):
         vectors = _two_at_least(rotate(states, -here.new_tensor(part.start), base))
@@ -281,13 +282,20 @@ class _Corpus:
         self.actions = actions
         self.rows = rows
         self.n = len(actions) if rows is None else len(rows)
+        # of quantized products: two parts of each, as integers and as numbers, and their sums
+        self.temporaries = 8 if isinstance(actions, QuantizedRows) else 1
 
     def block_rows(self, columns: int) -> int:
         """How many rows to take at a time where each of them fills so many temporary columns."""
         untouched = self.rows is None and _unconverted(self.actions)
-        if isinstance(self.actions, QuantizedRows):
-            columns *= 4  # integers and their sums, in two parts each
+        columns *= self.temporaries
         return max(1, _BLOCK // (columns if untouched else max(columns, self.actions.shape[1])))
+
+    def converted_rows(self, columns: int) -> int:
+        """The same where the rows themselves are converted to float32 first."""
+        # of a quarter of the memory, blocks of a quarter are the same share
+        block = _BLOCK // 4 if isinstance(self.actions, QuantizedRows) else _BLOCK
+        return max(1, block // max(columns, self.actions.shape[1]))
 
     def read(self, bounds: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64], Tensor | None]:
         """The candidates from ``bounds[0]`` up to ``bounds[-1]``, if possible without a copy.
@@ -309,7 +317,7 @@ class _Corpus:
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """All candidates in float32, block by block."""
-        block_rows = self.block_rows(columns)
+        block_rows = self.converted_rows(columns)
         for first in range(0, self.n, block_rows):
             last = min(first + block_rows, self.n)
             block, _, places = self.read(np.array([first, last]))
