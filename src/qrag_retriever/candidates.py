@@ -123,7 +123,7 @@ class SnapshotCandidates:
 
     def position(self, number: int, before: Sequence[int]) -> float:
         """See `Candidates`."""
-        return float(self.config.position_scheme.positions(self.n, before)[number])
+        return self.config.position_scheme.position(self.n, before, number)
 
     def _score_nearest(
         self, ann: AnnIndex, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
