@@ -80,15 +80,20 @@ def test_the_encoder_reads_what_a_node_wants_to_be_embedded(monkeypatch):
     assert "number" not in read[0]
 
 
+def rounded(found):
+    """Those of searches that shared an encoder pass may differ in the last digit."""
+    return [(node.node.get_content(), round(node.score, 4)) for node in found]
+
+
 def test_threads_at_once_get_what_one_gets():
     retriever = make()
-    expected = {query: contents(retriever.retrieve(query)) for query in QUERIES}
+    expected = {query: rounded(retriever.retrieve(query)) for query in QUERIES}
     start = threading.Barrier(8)
 
     def work(number):
         start.wait()
         query = QUERIES[number % len(QUERIES)]
-        return all(contents(retriever.retrieve(query)) == expected[query] for _ in range(3))
+        return all(rounded(retriever.retrieve(query)) == expected[query] for _ in range(3))
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
