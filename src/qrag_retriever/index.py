@@ -47,9 +47,9 @@ class ChunkIndex(Corpus):
 
     Args:
         model: Embeds the chunks; an index belongs to one model.
-        ann: ``"none"``: every search looks at every chunk; ``"flat"`` or ``"hnsw"``: a FAISS index
-            proposes candidates, for models without positions only. It is built when first needed,
-            and again after a change.
+        ann: ``"none"``: every search looks at every chunk; ``"flat"``, ``"hnsw"`` or ``"ivfpq"``:
+            a FAISS index proposes candidates, for models without positions only. It is built when
+            first needed, and again after a change.
         dtype: How embeddings are stored: ``"float32"``, ``"bfloat16"``, ``"float16"`` (half the
             size) or ``"int8"`` (a quarter, and faster to search).
 
@@ -286,7 +286,7 @@ class ChunkIndex(Corpus):
             OSError: If the folder cannot be written to, or the disk is full.
         """
         snapshot = self._snapshot
-        ann = snapshot.ann if self.ann == "hnsw" else None
+        ann = None if self.ann == "flat" else snapshot.ann
         content = IndexContent(
             chunks=snapshot.chunks,
             vectors=snapshot.vectors,

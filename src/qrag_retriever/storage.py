@@ -51,7 +51,7 @@ class IndexContent:
         chunks: The chunks in document order.
         vectors: Their action embeddings.
         fingerprint: Of the model that made them.
-        ann_kind: ``"none"``, ``"flat"`` or ``"hnsw"``.
+        ann_kind: Its kind of approximate index, or ``"none"``.
         ann: The approximate index as bytes, if it is worth keeping.
     """
 

@@ -76,7 +76,7 @@ def test_hnsw_always_fills_its_answer(corpus: np.ndarray, states: np.ndarray) ->
     assert all(len(set(line)) == 60 for line in found.tolist())
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_small_and_empty_requests(kind: str) -> None:
     index = AnnIndex(StoredVectors(np.eye(3, dtype=np.float32)), kind)
     states = np.array([[1, 3, 2]], dtype=np.float32)
@@ -107,17 +107,47 @@ def test_stored_hnsw_is_the_same_index(
     assert AnnIndex(StoredVectors(corpus), "flat").to_bytes() is None
 
 
+@pytest.fixture(scope="module")
+def alike() -> np.ndarray:
+    """Vectors that vary in few directions, as embeddings do, but enough for lists and codes."""
+    random = np.random.default_rng(3)
+    directions = random.standard_normal((8, 32))
+    return (random.standard_normal((12_000, 8)) @ directions).astype(np.float32)
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 0.05])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_ivfpq_compares_what_it_finds_exactly(
+    alike: np.ndarray, dtype: str, share: float | None
+) -> None:
+    vectors = StoredVectors.of(alike, dtype)
+    states = alike[:40] + np.float32(0.5)
+    rows = (
+        None if share is None else np.flatnonzero(np.random.default_rng(4).random(12_000) < share)
+    )
+    index = AnnIndex(vectors, "ivfpq")
+    found = index.search(states, 3, rows)
+    expected = exact(states, vectors.float32(), 3, rows)
+    assert rows is None or np.isin(found, rows).all()
+    assert recall(found[:, :1], expected[:, :1]) >= 0.95
+    products = np.take_along_axis(states @ vectors.float32().T, found, axis=1)
+    assert (np.diff(products, axis=1) <= 1e-3).all()
+    stored = index.to_bytes()
+    assert stored.nbytes < alike.nbytes / 2
+    assert np.array_equal(AnnIndex(vectors, "ivfpq", stored).search(states, 3, rows), found)
+
+
 def test_positions_and_unknown_kinds_are_refused() -> None:
     for positions in ("relative", "absolute"):
         model = FakeModel(positions=positions)
         with pytest.raises(ConfigError, match=f"positions='none'.*{positions}"):
             ChunkIndex(model, ann="hnsw")
         assert ChunkIndex(model).snapshot().ann is None
-    with pytest.raises(ConfigError, match="'none', 'flat' or 'hnsw'"):
+    with pytest.raises(ConfigError, match="'none', 'flat', 'hnsw' or 'ivfpq'"):
         ChunkIndex(FakeModel(), ann="annoy")
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_an_index_keeps_its_ann_up_to_date_and_on_disk(kind: str, tmp_path) -> None:
     model = FakeModel()
     texts = [f"text {number}" for number in range(50)]
