@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 _LARGEST = 127
@@ -60,32 +62,53 @@ class QuantizedRows:
         """The rows in float32."""
         return self.values.float().mul_(self.scales[:, None])
 
-    def products(self, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
-        """The product of each row with the vectors of its stretch.
+    def products(self, edges: NDArray[np.int64], parts: Tensor, steps: Tensor) -> Tensor:
+        """The product of each row with the vectors of its stretch, computed in integers.
 
-        Computed in integers, the vectors as two int8 parts, which is 16 bits: the rows need not be
-        converted, which takes longer than to multiply them. The error is about 1e-5 of
-        |vector||row|, much less than what the rows lost when they were quantised.
+        So the rows need not be converted, which takes longer than to multiply them.
 
         Args:
             edges: Stretch ``g`` is the rows ``edges[g]`` up to ``edges[g + 1]``, ``[G + 1]``.
-            vectors: C vectors for each stretch, float32 ``[G, C, d]``.
+            parts: P vectors of S states for each stretch, as `in_two_parts` gives them,
+                ``[G, S, 2, P, d]``.
+            steps: The steps that belong to them, ``[S]``.
 
         Returns:
-            float32 ``[M, C]``.
+            float32 ``[M, P, S]``.
         """
-        step = vectors.abs().amax(dim=(0, 2), keepdim=True) / (_LARGEST * (_PART + 1))
-        step.clamp_(min=torch.finfo(torch.float32).tiny)  # vectors of zeros
-        whole = (vectors / step).round_()
-        high = (whole / _PART).round_()
-        parts = torch.cat([high, whole - _PART * high], dim=1).to(torch.int8)
-        stretches = zip(itertools.pairwise(edges.tolist()), parts, strict=True)
+        stretches = zip(itertools.pairwise(edges.tolist()), parts.flatten(1, 3), strict=True)
         sums = torch.cat(
             [torch._int_mm(part, self.values[first:last].T) for (first, last), part in stretches],  # noqa: SLF001
             dim=1,
         )
-        upper, lower = sums.float().chunk(2)
-        return lower.add_(upper, alpha=_PART).mul_(step[0]).mul_(self.scales).T
+        high, low = torch.unflatten(sums.float(), 0, parts.shape[1:4]).unbind(1)
+        return (
+            low.add_(high, alpha=_PART)
+            .mul_(steps[:, None, None])
+            .mul_(self.scales)
+            .permute(2, 1, 0)
+        )
+
+
+def in_two_parts(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Vectors in 16 bits: ``step * (255 * high + low)`` with high and low from -127 to 127.
+
+    A product with them is off by about 1e-5 of the lengths of vector and row, much less than what
+    rows of 8 bits lost when they were quantised.
+
+    Args:
+        vectors: P vectors for each run of each state, one state's after the other's, ``[R, P, d]``.
+        counts: Number of runs of each of the S states.
+
+    Returns:
+        High and low, int8 ``[R, 2, P, d]``; and the step of each state, ``[S]``.
+    """
+    largest = torch.stack([of_state.abs().max() for of_state in torch.split(vectors, list(counts))])
+    steps = (largest / (_LARGEST * (_PART + 1))).clamp_(min=torch.finfo(torch.float32).tiny)
+    runs = torch.tensor(counts, device=steps.device)
+    whole = (vectors / steps.repeat_interleave(runs)[:, None, None]).round_()
+    high = (whole / _PART).round_()
+    return torch.stack([high, whole - _PART * high], dim=1).to(torch.int8), steps
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qrag_retriever.errors import InvalidInputError
-from qrag_retriever.quantized import QuantizedRows, multiplies_integers
+from qrag_retriever.quantized import QuantizedRows, in_two_parts, multiplies_integers
 from qrag_retriever.rotary import phases, rotate, turn
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def score(
     corpus = _Corpus(actions, rows)
     states = states.to(actions.device, torch.float32)
     scores = states.new_empty(len(states), corpus.n)
-    for first in range(0, len(states), _GROUP):
+    for first in range(0, len(states) if corpus.n else 0, _GROUP):
         some = slice(first, first + _GROUP)
         if scheme.mode == "absolute":
             _score_absolute(scores[some], states[some], corpus, base)
@@ -136,18 +136,24 @@ def _score_by_runs(
         _score_by_row(scores, states, corpus, rho, base)
     else:
         vectors = _coefficients(states, runs, scheme, nodes, base)
-        _score_by_piece(scores, vectors, corpus, pieces)
+        counts = [len(of_state.first) for of_state in runs]
+        _score_by_piece(scores, vectors, counts, corpus, pieces)
 
 
-def _score_by_piece(scores: Tensor, vectors: Tensor, corpus: _Corpus, pieces: _Pieces) -> None:
+def _score_by_piece(
+    scores: Tensor, vectors: Tensor, counts: Sequence[int], corpus: _Corpus, pieces: _Pieces
+) -> None:
     """One product per piece with the vectors of its runs, then one polynomial per chunk."""
     run = torch.from_numpy(pieces.run).to(scores.device)
     columns = vectors.shape[1] * run.shape[1]
-    most_pieces = _BLOCK // (columns * vectors.shape[2] * corpus.temporaries)
-    for some in pieces.groups(corpus.block_rows(columns), most_pieces):
+    parts, steps = in_two_parts(vectors, counts) if corpus.in_integers else (None, None)
+    for some in pieces.groups(corpus.block_rows(columns), _BLOCK // (columns * vectors.shape[2])):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)
-        powers = _products(block, edges, vectors[run[some]])
+        if parts is not None and steps is not None and isinstance(block, QuantizedRows):
+            powers = block.products(edges, parts[run[some]], steps)
+        else:
+            powers = _products(block, edges, vectors[run[some]])
         if places is not None:
             powers = powers[places]
         q = powers[:, -1]
@@ -162,20 +168,10 @@ def _products(block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
     """The product of each row with the vectors of its piece, ``[G, S, P, d]``: ``[L, P, S]``."""
     states, nodes = vectors.shape[1:3]
     columns = vectors.transpose(1, 2).flatten(1, 2)
-    if isinstance(block, QuantizedRows) and _unconverted(block):
-        products = block.products(edges, columns)
-    else:
-        pieces = zip(itertools.pairwise(edges.tolist()), _two_at_least(columns), strict=True)
-        # piece by piece: what was just converted is still in the cache when it is multiplied
-        products = torch.cat([block[first:last].float() @ c.T for (first, last), c in pieces])
+    pieces = zip(itertools.pairwise(edges.tolist()), _two_at_least(columns), strict=True)
+    # piece by piece: what was just converted is still in the cache when it is multiplied
+    products = torch.cat([block[first:last].float() @ c.T for (first, last), c in pieces])
     return torch.unflatten(products[:, : nodes * states], 1, (nodes, states))
-
-
-def _unconverted(rows: Rows) -> bool:
-    """Whether products with these rows need no copy of them in float32."""
-    if isinstance(rows, QuantizedRows):  # a GPU multiplies integers in some shapes alone
-        return rows.device.type == "cpu" and multiplies_integers()
-    return rows.dtype == torch.float32
 
 
 def _two_at_least(vectors: Tensor) -> Tensor:
@@ -282,13 +278,16 @@ class _Corpus:
         self.actions = actions
         self.rows = rows
         self.n = len(actions) if rows is None else len(rows)
-        # of quantized products: two parts of each, as integers and as numbers, and their sums
-        self.temporaries = 8 if isinstance(actions, QuantizedRows) else 1
+        quantized = isinstance(actions, QuantizedRows)
+        # a GPU multiplies integers in some shapes alone
+        self.in_integers = quantized and actions.device.type == "cpu" and multiplies_integers()
 
     def block_rows(self, columns: int) -> int:
         """How many rows to take at a time where each of them fills so many temporary columns."""
-        untouched = self.rows is None and _unconverted(self.actions)
-        columns *= self.temporaries
+        unconverted = self.in_integers or self.actions.dtype == torch.float32
+        if self.in_integers:
+            columns *= 8  # two parts of each, as integers and as numbers
+        untouched = self.rows is None and unconverted
         return max(1, _BLOCK // (columns if untouched else max(columns, self.actions.shape[1])))
 
     def converted_rows(self, columns: int) -> int:

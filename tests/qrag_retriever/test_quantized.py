@@ -8,7 +8,7 @@ import torch
 
 from qrag_retriever import scoring
 from qrag_retriever.positions import PositionScheme
-from qrag_retriever.quantized import QuantizedRows, multiplies_integers
+from qrag_retriever.quantized import QuantizedRows, in_two_parts, multiplies_integers
 from qrag_retriever.scoring import score
 
 
@@ -28,17 +28,21 @@ def rows(count: int, d: int) -> QuantizedRows:
 
 def test_products_in_integers():
     matrix, edges = rows(37, 16), np.array([0, 5, 6, 37])
-    vectors = torch.randn(3, 4, 16)
-    vectors[1, 2] = 0
-    found = matrix.products(edges, vectors)
-    assert found.shape == (37, 4)
+    vectors = torch.randn(5, 2, 16)  # of two states, which have two and three runs
+    vectors[2:] *= 1000
+    vectors[1, 0] = 0
+    runs = torch.tensor([[0, 2], [1, 3], [1, 4]])  # in each stretch
+    parts, steps = in_two_parts(vectors, [2, 3])
+    found = matrix.products(edges, parts[runs], steps)
+    assert found.shape == (37, 2, 2)
+    largest = [vectors[:2].abs().max(), vectors[2:].abs().max()]
     whole = matrix.values.double() * matrix.scales.double()[:, None]
     for row in range(37):
         stretch = int(np.searchsorted(edges, row, side="right")) - 1
-        for column in range(4):
-            vector = vectors[stretch, column].double()
-            error = abs(float(found[row, column]) - float(whole[row] @ vector))
-            of_16_bits = 2**-16 * vectors[:, column].abs().max() * whole[row].abs().sum()
+        for node, state in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            vector = vectors[runs[stretch, state], node].double()
+            error = abs(float(found[row, node, state]) - float(whole[row] @ vector))
+            of_16_bits = 2**-16 * largest[state] * whole[row].abs().sum()
             of_float32 = 1e-6 * vector.norm() * whole[row].norm()
             assert error <= float(1.01 * of_16_bits + of_float32)
 
@@ -80,3 +84,10 @@ def test_the_corpus_is_never_converted_as_a_whole():
             for scheme in schemes:
                 score(torch.randn(1, 64), matrix, [[]], scheme)
     assert 0 < max(most) <= (1 << 17) // 64
+
+
+def test_no_candidates():
+    nothing = np.array([], dtype=np.int64)
+    for mode in ("none", "relative", "absolute"):
+        arguments = (torch.randn(2, 16), rows(9, 16), [[], []], PositionScheme(mode))
+        assert score(*arguments, rows=nothing).shape == (2, 0)
