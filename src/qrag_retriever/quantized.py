@@ -108,7 +108,10 @@ def in_two_parts(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor
     runs = torch.tensor(counts, device=steps.device)
     whole = (vectors / steps.repeat_interleave(runs)[:, None, None]).round_()
     high = (whole / _PART).round_()
-    return torch.stack([high, whole - _PART * high], dim=1).to(torch.int8), steps
+    parts = torch.empty(len(vectors), 2, *vectors.shape[1:], dtype=torch.int8, device=steps.device)
+    parts[:, 0] = high
+    parts[:, 1] = whole.sub_(high, alpha=_PART)
+    return parts, steps
 
 
 @functools.cache
