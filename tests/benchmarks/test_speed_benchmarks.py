@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import scoring
 import serving
+import storage_types
 import ten_million
-from running import SENTENCES, run, save_model, write_books
+from running import SENTENCES, run, save_model, write_books, write_hotpotqa
 
-from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever
-from qrag_train.data import SupportSample
+from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever, SearchOptions
+from qrag_retriever.vectors import StoredVectors
+from qrag_train.data import SupportSample, read_hotpotqa
+from qrag_train.evaluation import evaluate
 
 
 @pytest.fixture
@@ -87,6 +90,24 @@ def test_approximate_search(tmp_path):
     run(ann, *own, "--repetitions", 1, "--json", file)
     written = json.loads(file.read_text())
     assert (written["chunks"], written["queries"]) == (30, 10)
+
+
+def test_storage_types_are_judged_on_what_they_keep(tmp_path, monkeypatch):
+    model, questions, file = save_model(tmp_path), write_hotpotqa(tmp_path), tmp_path / "t.json"
+    asked = []
+    store = StoredVectors.of
+    monkeypatch.setattr(
+        StoredVectors, "of", lambda vectors, dtype: asked.append(dtype) or store(vectors, dtype)
+    )
+    types = ["float32", "int8"]
+    run(storage_types, model, questions, "--format", "hotpotqa", "--types", *types, "--json", file)
+    rows = json.loads(file.read_text())["figures"]
+    assert [row.pop("type") for row in rows] == types
+    assert set(asked) == set(types)
+    plain = QRAGModel.from_pretrained(model)
+    assert rows[0] == evaluate(plain, read_hotpotqa(questions), SearchOptions(k=2))
+    babi = ["simulated:1", "--format", "babilong", "--background", write_books(tmp_path)]
+    run(storage_types, model, *babi, "--sentences", 30, "--questions", 2, "--types", "bfloat16")
 
 
 def test_ten_million(tmp_path):
