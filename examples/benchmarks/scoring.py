@@ -1,10 +1,12 @@
 """What one retrieval step costs beside a bare scan, ``matrix @ vector``, of the same matrix.
 
     python examples/benchmarks/scoring.py --json examples/benchmarks/results/scoring.json
+    python examples/benchmarks/scoring.py --types float32 bfloat16 int8 --json FILE
 
-Time: every case and the bare scan take turns, and medians are compared. Memory: the process's
+The bare scan is that of the float32 matrix, for all storage types. Time: every case and the bare
+scan take turns, and medians are compared. Memory: the process's
 peak resident size (VmHWM, reset through /proc/self/clear_refs, so on Linux only) during the case's
-first call, less its resident size before; result and all temporaries count.
+first call on the whole matrix, less its resident size before; result and all temporaries count.
 """
 
 from __future__ import annotations
@@ -15,17 +17,21 @@ import re
 import statistics
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import torch
 from machine import report
 
 from qrag_retriever.positions import PositionScheme
+from qrag_retriever.quantized import QuantizedRows
 from qrag_retriever.scoring import score
+from qrag_retriever.vectors import StorageType, StoredVectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from qrag_retriever.scoring import Rows
 
 SCHEMES = {
     "truncated": PositionScheme("relative", truncate=True),
@@ -35,9 +41,13 @@ SCHEMES = {
 }
 
 
+_FEW = 1000
+
+
 class Case(NamedTuple):
     """One way to call ``score``."""
 
+    type: str
     positions: str
     states: int
     retrieved: int
@@ -50,14 +60,18 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     matrix = torch.randn(options.chunks, options.dimension)
+    stored = {name: StoredVectors.of(matrix.numpy(), name).tensor() for name in options.types}
     cases = [
-        Case(positions, states, retrieved)
-        for positions in SCHEMES
+        Case(name, positions, states, retrieved)
+        for name in options.types
+        for positions in options.positions
         for states in options.states
         for retrieved in (options.retrieved if SCHEMES[positions].mode == "relative" else [0])
     ]
-    calls = {case: step(case, matrix, options.seed) for case in cases}
-    memory = {case: peak(call, matrix.nbytes) for case, call in calls.items()}
+    calls = {case: step(case, stored[case.type], options.seed) for case in cases}
+    for case in cases:  # what only the first call of all takes is no part of a step
+        step(case, stored[case.type][:_FEW], options.seed)()
+    memory = {case: peak(call, size(stored[case.type])) for case, call in calls.items()}
     vector = torch.randn(options.dimension)
     times = take_turns({None: lambda: matrix @ vector, **calls}, options.repetitions)
     bare = times.pop(None)
@@ -75,7 +89,7 @@ def main() -> None:
         report(
             options.json,
             options.seed,
-            matrix={"chunks": options.chunks, "dimension": options.dimension, "type": "float32"},
+            matrix={"chunks": options.chunks, "dimension": options.dimension},
             repetitions=options.repetitions,
             bare_scan_milliseconds=round(1e3 * bare, 2),
             figures=figures,
@@ -87,6 +101,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunks", type=int, default=400_000)
     parser.add_argument("--dimension", type=int, default=384)
+    parser.add_argument("--types", nargs="+", default=["float32"], choices=get_args(StorageType))
+    parser.add_argument("--positions", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--states", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--retrieved", type=int, nargs="+", default=list(range(7)))
     parser.add_argument("--repetitions", type=int, default=11)
@@ -96,7 +112,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def step(case: Case, matrix: torch.Tensor, seed: int) -> Callable[[], torch.Tensor]:
+def step(case: Case, matrix: Rows, seed: int) -> Callable[[], torch.Tensor]:
     """A call that scores the whole matrix once."""
     random = np.random.default_rng(seed)
     states = torch.randn(case.states, matrix.shape[1])
@@ -105,6 +121,13 @@ def step(case: Case, matrix: torch.Tensor, seed: int) -> Callable[[], torch.Tens
         for _ in range(case.states)
     ]
     return lambda: score(states, matrix, retrieved, SCHEMES[case.positions])
+
+
+def size(matrix: Rows) -> int:
+    """Bytes of a matrix as it is stored."""
+    if isinstance(matrix, QuantizedRows):
+        return matrix.values.nbytes + matrix.scales.nbytes
+    return matrix.nbytes
 
 
 def take_turns(calls: dict[Any, Callable[[], torch.Tensor]], repetitions: int) -> dict[Any, float]:
@@ -138,11 +161,11 @@ def show(figures: list[dict[str, Any]], bare: float, matrix: torch.Tensor) -> No
     """Print one line per case."""
     shape = " x ".join(f"{size:,}" for size in matrix.shape)
     print(f"bare scan of {shape} float32: {1e3 * bare:.1f} ms\n")
-    print("positions   states  retrieved      ms  x bare  peak memory, % of matrix")
+    print("type      positions   states  retrieved      ms  x bare  peak memory, % of stored")
     for row in figures:
         share = row["peak_share_of_matrix"]
         print(
-            f"{row['positions']:10}  {row['states']:6}  {row['retrieved']:9}  "
+            f"{row['type']:8}  {row['positions']:10}  {row['states']:6}  {row['retrieved']:9}  "
             f"{row['milliseconds']:6.1f}  {row['times_bare_scan']:6.2f}  "
             + ("-" if share is None else f"{100 * share:.1f}")
         )

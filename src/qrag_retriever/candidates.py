@@ -96,7 +96,7 @@ class SnapshotCandidates:
         self.excluded = self._numbers([snapshot.row_of(chunk_id) for chunk_id in exclude_ids])
         # what an approximate index is asked for besides the chunks already retrieved
         self._spare = len(self.excluded) + options.breadth
-        self._actions = snapshot.tensor()
+        self._actions = snapshot.vectors.tensor()
 
     def score(
         self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
@@ -123,7 +123,7 @@ class SnapshotCandidates:
 
     def position(self, number: int, before: Sequence[int]) -> float:
         """See `Candidates`."""
-        return float(self.config.position_scheme.positions(self.n, before)[number])
+        return self.config.position_scheme.position(self.n, before, number)
 
     def _score_nearest(
         self, ann: AnnIndex, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
@@ -133,7 +133,7 @@ class SnapshotCandidates:
         count = self._spare + max(map(len, retrieved))
         found = ann.search(states, count, self.rows)
         for q, state, rows in zip(q_values, states, found, strict=True):
-            q[self._numbers(rows)] = self.snapshot.embeddings[rows] @ state
+            q[self._numbers(rows)] = self.snapshot.vectors.float32(rows) @ state
         return q_values
 
     def _numbers(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel, resolve_model
 from qrag_retriever.second_stage import SecondStage
+from qrag_retriever.vectors import StorageType
 
 ALIASES = {"similarity_top_k": "k", "filters": "filter", "embed_model": "model"}
 
@@ -48,7 +49,10 @@ class Constructors:
         ids: Iterable[str | None] | None = None,
         *,
         model: QRAGModel | str | Path | None = None,
+        dtype: StorageType = "float32",
         show_progress: bool = False,
+        devices: Sequence[str] | None = None,
+        checkpoint: str | Path | None = None,
         **settings: Any,
     ) -> Self:
         """A retriever over texts, in document order.
@@ -59,7 +63,11 @@ class Constructors:
             ids: One id a chunk; left out, they are made from the texts.
             model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
                 ``None``: all-MiniLM-L6-v2.
+            dtype: How the index stores embeddings: ``"float32"``, ``"bfloat16"``, ``"float16"`` or
+                ``"int8"``.
             show_progress: Show a progress bar while the chunks are embedded.
+            devices: Devices that share the embedding, such as ``["cuda:0", "cuda:1"]``.
+            checkpoint: Folder from which an interrupted call goes on, see `Embedding`.
             **settings: Settings of the retriever, such as ``k``.
 
         Raises:
@@ -72,7 +80,10 @@ class Constructors:
             metadatas,
             ids,
             model=resolve_model(settings.pop("model")),
+            dtype=dtype,
             show_progress=show_progress,
+            devices=devices,
+            checkpoint=checkpoint,
         )
         return cls(index=index, **settings)  # type: ignore[call-arg]
 
@@ -82,7 +93,10 @@ class Constructors:
         documents: Iterable[Any],
         *,
         model: QRAGModel | str | Path | None = None,
+        dtype: StorageType = "float32",
         show_progress: bool = False,
+        devices: Sequence[str] | None = None,
+        checkpoint: str | Path | None = None,
         **settings: Any,
     ) -> Self:
         """A retriever over LangChain Documents, LlamaIndex nodes, texts or chunks, also mixed.
@@ -91,7 +105,12 @@ class Constructors:
         """
         settings = resolve_aliases({"model": model, **settings})
         index = ChunkIndex.from_documents(
-            documents, model=resolve_model(settings.pop("model")), show_progress=show_progress
+            documents,
+            model=resolve_model(settings.pop("model")),
+            dtype=dtype,
+            show_progress=show_progress,
+            devices=devices,
+            checkpoint=checkpoint,
         )
         return cls(index=index, **settings)  # type: ignore[call-arg]
 

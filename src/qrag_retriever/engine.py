@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from qrag_retriever.collector import collector_of
 from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
 from qrag_retriever.search import Search, SearchOptions
 from qrag_retriever.state import check_query
@@ -143,7 +144,7 @@ class _Run:
         if not going:
             return False
         beams = [(number, beam) for number in going for beam in self.searches[number].states]
-        vectors = self.model.encode_states(
+        vectors = collector_of(self.model).encode_states(
             [(self.queries[number], self._texts(number, beam)) for number, beam in beams]
         )
         q_values = self._score(vectors, beams)

@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from typing_extensions import Unpack
 
 from qrag_retriever.ann import AnnKind, check_ann
 from qrag_retriever.chunk import Chunk, to_chunks
 from qrag_retriever.chunk_store import MemoryChunks
 from qrag_retriever.corpus import Corpus
+from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.storage import IndexContent, read_index, write_index
-from qrag_retriever.vectors import checked_vectors, extended
+from qrag_retriever.vectors import (
+    StorageType,
+    StoredVectors,
+    check_storage_type,
+    checked_vectors,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,8 +33,6 @@ if TYPE_CHECKING:
     from qrag_retriever.chunk_store import ChunkSequence
     from qrag_retriever.model import QRAGModel
     from qrag_retriever.search import SearchOptions
-
-    _Vectors = NDArray[np.float32]
 
 __all__ = ["ChunkIndex", "Snapshot"]
 
@@ -42,28 +47,36 @@ class ChunkIndex(Corpus):
 
     Args:
         model: Embeds the chunks; an index belongs to one model.
-        ann: ``"none"``: every search looks at every chunk; ``"flat"`` or ``"hnsw"``: a FAISS index
-            proposes candidates, for models without positions only. It is built when first needed,
-            and again after a change.
+        ann: ``"none"``: every search looks at every chunk; ``"flat"``, ``"hnsw"`` or ``"ivfpq"``:
+            a FAISS index proposes candidates, for models without positions only. It is built when
+            first needed, and again after a change.
+        dtype: How embeddings are stored: ``"float32"``, ``"bfloat16"``, ``"float16"`` (half the
+            size) or ``"int8"`` (a quarter, and faster to search).
 
     Raises:
         ConfigError: If ``ann`` is unknown or the model has positions.
+        InvalidInputError: If ``dtype`` is unknown.
 
     Attributes:
         model: The model given.
         ann: The kind of FAISS index, or ``"none"``.
+        dtype: How embeddings are stored.
         fingerprint: Of the model, when the index was made.
     """
 
-    def __init__(self, model: QRAGModel, *, ann: AnnKind = "none") -> None:
+    def __init__(
+        self, model: QRAGModel, *, ann: AnnKind = "none", dtype: StorageType = "float32"
+    ) -> None:
         check_ann(ann, model.config)
+        check_storage_type(dtype)
         self.model = model
         self.ann: AnnKind = ann
+        self.dtype: StorageType = dtype
         self.fingerprint = model.fingerprint
         self._lock = threading.RLock()  # held while the index changes
         self._saved: tuple[str, int] | None = None  # where, and which version
         nothing = np.empty((0, model.dimension), dtype=np.float32)
-        self._snapshot = self._view(MemoryChunks(), nothing, 0)
+        self._snapshot = self._view(MemoryChunks(), StoredVectors.of(nothing, dtype), 0)
 
     @classmethod
     def from_texts(
@@ -74,7 +87,8 @@ class ChunkIndex(Corpus):
         *,
         model: QRAGModel,
         ann: AnnKind = "none",
-        show_progress: bool = False,
+        dtype: StorageType = "float32",
+        **embedding: Unpack[Embedding],
     ) -> ChunkIndex:
         """Make an index of texts.
 
@@ -84,13 +98,14 @@ class ChunkIndex(Corpus):
             ids: One id per text; by default made from the text, the same in every run.
             model: Embeds the chunks.
             ann: See the class.
-            show_progress: Show a progress bar.
+            dtype: See the class.
+            **embedding: ``show_progress``, ``devices`` and ``checkpoint``, see `Embedding`.
 
         Raises:
             InvalidInputError: If there are no texts, and see :meth:`add`.
         """
-        index = cls(model, ann=ann)
-        if not index.add(texts, metadatas=metadatas, ids=ids, show_progress=show_progress):
+        index = cls(model, ann=ann, dtype=dtype)
+        if not index.add(texts, metadatas=metadatas, ids=ids, **embedding):
             raise InvalidInputError("There are no chunks; give at least one text.")
         return index
 
@@ -101,15 +116,16 @@ class ChunkIndex(Corpus):
         *,
         model: QRAGModel,
         ann: AnnKind = "none",
-        show_progress: bool = False,
+        dtype: StorageType = "float32",
+        **embedding: Unpack[Embedding],
     ) -> ChunkIndex:
-        """Make an index of Documents, nodes, chunks and texts, in any mix.
+        """Make an index of Documents, nodes, chunks and texts, in any mix; as :meth:`from_texts`.
 
         Raises:
             InvalidInputError: If there are none, and see :meth:`add`.
         """
-        index = cls(model, ann=ann)
-        if not index.add(items, show_progress=show_progress):
+        index = cls(model, ann=ann, dtype=dtype)
+        if not index.add(items, **embedding):
             raise InvalidInputError(
                 "There are no chunks; give at least one Document, node, chunk or text."
             )
@@ -123,6 +139,7 @@ class ChunkIndex(Corpus):
         *,
         model: QRAGModel,
         ann: AnnKind = "none",
+        dtype: StorageType = "float32",
     ) -> ChunkIndex:
         """Make an index of chunks whose embeddings are known already.
 
@@ -131,15 +148,16 @@ class ChunkIndex(Corpus):
             embeddings: What ``model.encode_actions`` gives for them, ``[N, d]``.
             model: The model that made them.
             ann: See the class.
+            dtype: See the class.
 
         Raises:
             InvalidInputError: If the embeddings have another shape or are not finite, and see
                 :meth:`add`.
         """
-        index = cls(model, ann=ann)
+        index = cls(model, ann=ann, dtype=dtype)
         chunks = to_chunks(items)
         vectors = checked_vectors(embeddings, (len(chunks), model.dimension), "embeddings")
-        index._put(MemoryChunks(), {}, chunks, [], vectors)
+        index._put(MemoryChunks(), {}, chunks, [], StoredVectors.of(vectors, dtype))
         return index
 
     def add(
@@ -148,7 +166,7 @@ class ChunkIndex(Corpus):
         *,
         metadatas: Iterable[Mapping[str, Any] | None] | None = None,
         ids: Iterable[str | None] | None = None,
-        show_progress: bool = False,
+        **embedding: Unpack[Embedding],
     ) -> list[str]:
         """Add chunks at the end, or change those whose ids are there already.
 
@@ -161,7 +179,7 @@ class ChunkIndex(Corpus):
             metadatas: One mapping per item; only for texts.
             ids: One id per item, in place of its own; an item without any gets one made from its
                 text, always a new one: it is appended, even if the index holds the same text.
-            show_progress: Show a progress bar.
+            **embedding: ``show_progress``, ``devices`` and ``checkpoint``, see `Embedding`.
 
         Returns:
             The ids of all items, in their order.
@@ -183,10 +201,10 @@ class ChunkIndex(Corpus):
                     appended.append(chunk)
                 elif old[row] != chunk:
                     changed[row] = chunk
-            reworded = [row for row, chunk in changed.items() if not _reads_same(old[row], chunk)]
-            vectors = self._embed(
-                old, [*(changed[row] for row in reworded), *appended], show_progress
-            )
+            reworded = [
+                row for row, chunk in changed.items() if old[row].embed_text != chunk.embed_text
+            ]
+            vectors = self._embed(old, [*(changed[row] for row in reworded), *appended], embedding)
             if appended or changed:
                 self._put(old, changed, appended, reworded, vectors)
         return [chunk.id for chunk in chunks]
@@ -215,7 +233,7 @@ class ChunkIndex(Corpus):
             if removed:
                 kept = [row for row in range(len(old)) if row not in removed]
                 chunks = (old[row] for row in kept)
-                self._publish(MemoryChunks(chunks), self._snapshot.embeddings[kept])
+                self._publish(MemoryChunks(chunks), self._snapshot.vectors.take(kept))
 
     def snapshot(self) -> Snapshot:
         """The chunks and embeddings of this moment; the same object until the index changes."""
@@ -268,10 +286,10 @@ class ChunkIndex(Corpus):
             OSError: If the folder cannot be written to, or the disk is full.
         """
         snapshot = self._snapshot
-        ann = snapshot.ann if self.ann == "hnsw" else None
+        ann = None if self.ann == "flat" else snapshot.ann
         content = IndexContent(
             chunks=snapshot.chunks,
-            embeddings=snapshot.embeddings,
+            vectors=snapshot.vectors,
             fingerprint=self.fingerprint,
             ann_kind=self.ann,
             ann=None if ann is None else ann.to_bytes(),
@@ -300,14 +318,14 @@ class ChunkIndex(Corpus):
                 f"{content.fingerprint}; the model given has {model.fingerprint}. Load that model, "
                 "or build the index again with this one."
             )
-        dimension = content.embeddings.shape[1]
+        dimension = content.vectors.shape[1]
         if dimension != model.dimension:
             raise IndexFormatError(
                 f"The index in {path} has embeddings of {dimension} dimensions, the model of "
                 f"{model.dimension}. Build the index again."
             )
-        index = cls(model, ann=content.ann_kind)
-        index._snapshot = index._view(content.chunks, content.embeddings, 0, content.ann)
+        index = cls(model, ann=content.ann_kind, dtype=content.vectors.dtype)
+        index._snapshot = index._view(content.chunks, content.vectors, 0, content.ann)
         index._saved = (str(Path(path).resolve()), 0)
         return index
 
@@ -315,30 +333,16 @@ class ChunkIndex(Corpus):
         chunks = self._snapshot.chunks
         return chunks if isinstance(chunks, MemoryChunks) else MemoryChunks(chunks)
 
-    def _embed(self, old: MemoryChunks, chunks: list[Chunk], show_progress: bool) -> _Vectors:
+    def _embed(self, old: MemoryChunks, chunks: list[Chunk], embedding: Embedding) -> StoredVectors:
         """Embeddings of chunks: those of equal texts in the index, the rest from the model."""
-        known = [old.find_text(chunk.embed_text) for chunk in chunks]
-        new: dict[str, int] = {}
-        for chunk, row in zip(chunks, known, strict=True):
-            if row is None:
-                new.setdefault(chunk.embed_text, len(new))
-        vectors = np.empty((len(chunks), self.model.dimension), dtype=np.float32)
-        if new:
-            if self.model.fingerprint != self.fingerprint:
-                raise FingerprintMismatchError(
-                    f"The model was changed after the index was made: its fingerprint was "
-                    f"{self.fingerprint} and is {self.model.fingerprint}. Build the index again."
-                )
-            encoded = checked_vectors(
-                self.model.encode_actions(list(new), show_progress=show_progress),
-                (len(new), self.model.dimension),
-                "the model's embeddings",
+        texts = [chunk.embed_text for chunk in chunks]
+        rows = [old.find_text(text) for text in texts]
+        if None in rows and self.model.fingerprint != self.fingerprint:
+            raise FingerprintMismatchError(
+                f"The model was changed after the index was made: its fingerprint was "
+                f"{self.fingerprint} and is {self.model.fingerprint}. Build the index again."
             )
-        for place, (chunk, row) in enumerate(zip(chunks, known, strict=True)):
-            vectors[place] = (
-                encoded[new[chunk.embed_text]] if row is None else self._snapshot.embeddings[row]
-            )
-        return vectors
+        return embed_new(texts, rows, self._snapshot.vectors, self.model, **embedding)
 
     def _put(
         self,
@@ -346,31 +350,30 @@ class ChunkIndex(Corpus):
         changed: Mapping[int, Chunk],
         appended: list[Chunk],
         reworded: list[int],
-        vectors: _Vectors,
+        vectors: StoredVectors,
     ) -> None:
         """Publish a change; `vectors` are those of the rows in `reworded`, then of `appended`."""
-        chunks, embeddings = old, self._snapshot.embeddings
+        chunks, all_vectors = old, self._snapshot.vectors
         if changed:
             chunks = MemoryChunks(changed.get(row, chunk) for row, chunk in enumerate(old))
         if reworded:
-            embeddings = embeddings.copy()
-            embeddings[reworded] = vectors[: len(reworded)]
+            all_vectors = all_vectors.replaced(reworded, vectors.take(slice(len(reworded))))
         if appended:
             chunks = chunks.extended(appended)
-            embeddings = extended(embeddings, vectors[len(reworded) :])
-        self._publish(chunks, embeddings)
+            all_vectors = all_vectors.extended(vectors.take(slice(len(reworded), None)))
+        self._publish(chunks, all_vectors)
 
-    def _publish(self, chunks: ChunkSequence, embeddings: _Vectors) -> None:
-        self._snapshot = self._view(chunks, embeddings, self._snapshot.version + 1)
+    def _publish(self, chunks: ChunkSequence, vectors: StoredVectors) -> None:
+        self._snapshot = self._view(chunks, vectors, self._snapshot.version + 1)
 
     def _view(
         self,
         chunks: ChunkSequence,
-        embeddings: _Vectors,
+        vectors: StoredVectors,
         version: int,
         stored_ann: NDArray[np.uint8] | None = None,
     ) -> Snapshot:
-        return Snapshot(chunks, embeddings, version, ann_kind=self.ann, stored_ann=stored_ann)
+        return Snapshot(chunks, vectors, version, ann_kind=self.ann, stored_ann=stored_ann)
 
     def __len__(self) -> int:
         return len(self._snapshot)
@@ -388,9 +391,7 @@ class ChunkIndex(Corpus):
         snapshot = self._snapshot
         if self._saved is not None and self._saved[1] == snapshot.version:
             return functools.partial(type(self).load, model=self.model), (self._saved[0],)
-        make = functools.partial(type(self).from_embeddings, model=self.model, ann=self.ann)
+        make = functools.partial(
+            type(self).from_embeddings, model=self.model, ann=self.ann, dtype=self.dtype
+        )
         return make, (list(snapshot.chunks), snapshot.embeddings)
-
-
-def _reads_same(chunk: Chunk, other: Chunk) -> bool:
-    return chunk.embed_text == other.embed_text

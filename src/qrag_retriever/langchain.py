@@ -16,7 +16,7 @@ from langchain_core.callbacks.manager import AsyncCallbackManager, CallbackManag
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableConfig, ensure_config
-from langchain_core.runnables.config import get_config_list, run_in_executor
+from langchain_core.runnables.config import get_config_list
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qrag_retriever.adapter import (
@@ -25,6 +25,7 @@ from qrag_retriever.adapter import (
     known_overrides,
     step_data,
 )
+from qrag_retriever.collector import in_thread
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.documents import document_from_chunk
 from qrag_retriever.errors import InvalidInputError, QRAGError
@@ -331,5 +332,5 @@ async def _areport(run: AsyncCallbackManagerForRetrieverRun, step: Step) -> None
 
 async def _in_threads(items: Iterator[_T]) -> AsyncIterator[_T]:
     """Items that each take a while to make; meanwhile the event loop goes on."""
-    while (item := await run_in_executor(None, next, items, None)) is not None:
+    while (item := await in_thread(next, items, None)) is not None:
         yield item

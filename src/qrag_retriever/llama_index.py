@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import dataclasses
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from qrag_retriever.adapter import (
     fill_in,
     step_data,
 )
+from qrag_retriever.collector import in_thread
 from qrag_retriever.constructors import ALIASES, resolve_aliases
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.errors import InvalidInputError
@@ -90,7 +90,7 @@ class LlamaIndexHooks(BaseRetriever, RetrieverAdapter):
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
         ready = await self._prepared([query_bundle.query_str])
-        return await asyncio.to_thread(ready._retrieve, query_bundle)  # noqa: SLF001
+        return await in_thread(ready._retrieve, query_bundle)  # noqa: SLF001
 
     @classmethod
     def from_defaults(

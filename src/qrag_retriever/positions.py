@@ -90,6 +90,10 @@ class PositionScheme:
         """
         return self._at(self._intervals(n, retrieved), np.arange(n))
 
+    def position(self, n: int, retrieved: Sequence[int], chunk: int) -> float:
+        """ρ of one chunk, without those of all others; arguments and errors as `positions`."""
+        return float(self._at(self._intervals(n, retrieved), np.array([chunk]))[0])
+
     def runs(self, n: int, retrieved: Sequence[int] = (), width: float = 1.0) -> Runs:
         """Cut the chunks into runs over which ρ is constant, or else linear and nearly so.
 

@@ -8,6 +8,7 @@ So a step costs about what reading the corpus once costs, for several states tog
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qrag_retriever.errors import InvalidInputError
+from qrag_retriever.quantized import QuantizedRows, in_two_parts, multiplies_integers
 from qrag_retriever.rotary import phases, rotate, turn
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
     from qrag_retriever.positions import PositionScheme, Runs
 
+    Rows = Tensor | QuantizedRows
+
 # Interpolated in P Chebyshev nodes on a run of ρ-width w, Q is off by at most 2 (w/4)^P / P! of
 # |s||a|, reached only if all components turn at the highest frequency: 7.6e-7 and 6.8e-7 here.
 _NARROW = (0.22, 4)  # fewer vectors
@@ -31,7 +35,7 @@ _WIDE = (1.0, 6)  # fewer runs
 
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _BLOCK = 1 << 20  # numbers in a temporary: 4 MB in float32
-_GROUP = 16  # states that share a pass over the corpus
+_GROUP = 32  # states that share a pass over the corpus
 _LONG = 500  # average rows of a narrow run above which fewer vectors are worth more runs
 _SHORT = 16  # average rows of a piece below which a rotated state for each row costs less
 _SPARSE = 4  # rows read for each row wanted, above which to gather the wanted ones costs less
@@ -58,7 +62,7 @@ def q_at(states: Tensor, actions: Tensor, positions: Tensor, base: float = 10000
 @torch.no_grad()
 def score(
     states: Tensor,
-    actions: Tensor,
+    actions: Tensor | QuantizedRows,
     retrieved: Sequence[Sequence[int]],
     scheme: PositionScheme,
     *,
@@ -69,8 +73,8 @@ def score(
 
     Args:
         states: State embeddings ``[S, d]``.
-        actions: Chunk embeddings without position ``[M, d]``, of any floating point type, in
-            the memory of the CPU or a GPU; may be memory-mapped.
+        actions: Chunk embeddings without position ``[M, d]``, of any floating point type or
+            quantized, in the memory of the CPU or a GPU; may be memory-mapped.
         retrieved: The chunks each state holds, counted among the candidates, ``0 … n-1``.
         scheme: Where chunks lie, given the retrieved ones.
         rows: The rows of ``actions`` that are candidates, ascending; ``None``: all, ``n = M``.
@@ -101,7 +105,7 @@ def score(
     corpus = _Corpus(actions, rows)
     states = states.to(actions.device, torch.float32)
     scores = states.new_empty(len(states), corpus.n)
-    for first in range(0, len(states), _GROUP):
+    for first in range(0, len(states) if corpus.n else 0, _GROUP):
         some = slice(first, first + _GROUP)
         if scheme.mode == "absolute":
             _score_absolute(scores[some], states[some], corpus, base)
@@ -132,17 +136,24 @@ def _score_by_runs(
         _score_by_row(scores, states, corpus, rho, base)
     else:
         vectors = _coefficients(states, runs, scheme, nodes, base)
-        _score_by_piece(scores, vectors, corpus, pieces)
+        counts = [len(of_state.first) for of_state in runs]
+        _score_by_piece(scores, vectors, counts, corpus, pieces)
 
 
-def _score_by_piece(scores: Tensor, vectors: Tensor, corpus: _Corpus, pieces: _Pieces) -> None:
+def _score_by_piece(
+    scores: Tensor, vectors: Tensor, counts: Sequence[int], corpus: _Corpus, pieces: _Pieces
+) -> None:
     """One product per piece with the vectors of its runs, then one polynomial per chunk."""
     run = torch.from_numpy(pieces.run).to(scores.device)
     columns = vectors.shape[1] * run.shape[1]
+    parts, steps = in_two_parts(vectors, counts) if corpus.in_integers else (None, None)
     for some in pieces.groups(corpus.block_rows(columns), _BLOCK // (columns * vectors.shape[2])):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)
-        powers = _products(block, edges, vectors[run[some]])
+        if parts is not None and steps is not None and isinstance(block, QuantizedRows):
+            powers = block.products(edges, parts[run[some]], steps)
+        else:
+            powers = _products(block, edges, vectors[run[some]])
         if places is not None:
             powers = powers[places]
         q = powers[:, -1]
@@ -153,12 +164,13 @@ def _score_by_piece(scores: Tensor, vectors: Tensor, corpus: _Corpus, pieces: _P
         scores[:, bounds[0] : bounds[-1]] = q.T
 
 
-def _products(block: Tensor, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
+def _products(block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
     """The product of each row with the vectors of its piece, ``[G, S, P, d]``: ``[L, P, S]``."""
     states, nodes = vectors.shape[1:3]
-    columns = _two_at_least(vectors.transpose(1, 2).flatten(1, 2)).mT
-    chunks = torch.split(block, np.diff(edges).tolist())
-    products = torch.cat([some.float() @ c for some, c in zip(chunks, columns, strict=True)])
+    columns = vectors.transpose(1, 2).flatten(1, 2)
+    pieces = zip(itertools.pairwise(edges.tolist()), _two_at_least(columns), strict=True)
+    # piece by piece: what was just converted is still in the cache when it is multiplied
+    products = torch.cat([block[first:last].float() @ c.T for (first, last), c in pieces])
     return torch.unflatten(products[:, : nodes * states], 1, (nodes, states))
 
 
@@ -246,7 +258,7 @@ def _score_by_row(
 def _score_absolute(scores: Tensor, states: Tensor, corpus: _Corpus, base: float) -> None:
     """Turn every block by the same angles: ``⟨s, R(b + i)a⟩ = ⟨R(-b)s, R(i)a⟩``."""
     dimension = states.shape[1]
-    here = torch.arange(min(corpus.n, corpus.block_rows(dimension)), device=states.device)
+    here = torch.arange(min(corpus.n, corpus.converted_rows(dimension)), device=states.device)
     angles = phases(here, dimension, base).to(torch.complex64)
     for part, block in corpus.blocks(columns=dimension):
         vectors = _two_at_least(rotate(states, -here.new_tensor(part.start), base))
@@ -256,7 +268,7 @@ def _score_absolute(scores: Tensor, states: Tensor, corpus: _Corpus, base: float
 class _Corpus:
     """The candidate rows of a matrix, read in blocks."""
 
-    def __init__(self, actions: Tensor, rows: NDArray[np.int64] | None) -> None:
+    def __init__(self, actions: Rows, rows: NDArray[np.int64] | None) -> None:
         inside = rows is None or not len(rows) or 0 <= rows[0] <= rows[-1] < len(actions)
         if not inside or (rows is not None and (np.diff(rows) < 1).any()):
             raise InvalidInputError(
@@ -266,13 +278,25 @@ class _Corpus:
         self.actions = actions
         self.rows = rows
         self.n = len(actions) if rows is None else len(rows)
+        quantized = isinstance(actions, QuantizedRows)
+        # a GPU multiplies integers in some shapes alone
+        self.in_integers = quantized and actions.device.type == "cpu" and multiplies_integers()
 
     def block_rows(self, columns: int) -> int:
         """How many rows to take at a time where each of them fills so many temporary columns."""
-        untouched = self.rows is None and self.actions.dtype == torch.float32
+        unconverted = self.in_integers or self.actions.dtype == torch.float32
+        if self.in_integers:
+            columns *= 8  # two parts of each, as integers and as numbers
+        untouched = self.rows is None and unconverted
         return max(1, _BLOCK // (columns if untouched else max(columns, self.actions.shape[1])))
 
-    def read(self, bounds: NDArray[np.int64]) -> tuple[Tensor, NDArray[np.int64], Tensor | None]:
+    def converted_rows(self, columns: int) -> int:
+        """The same where the rows themselves are converted to float32 first."""
+        # of a quarter of the memory, blocks of a quarter are the same share
+        block = _BLOCK // 4 if isinstance(self.actions, QuantizedRows) else _BLOCK
+        return max(1, block // max(columns, self.actions.shape[1]))
+
+    def read(self, bounds: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64], Tensor | None]:
         """The candidates from ``bounds[0]`` up to ``bounds[-1]``, if possible without a copy.
 
         Returns:
@@ -292,7 +316,7 @@ class _Corpus:
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """All candidates in float32, block by block."""
-        block_rows = self.block_rows(columns)
+        block_rows = self.converted_rows(columns)
         for first in range(0, self.n, block_rows):
             last = min(first + block_rows, self.n)
             block, _, places = self.read(np.array([first, last]))

@@ -19,7 +19,7 @@ from qrag_retriever.errors import ConfigError, InvalidInputError
 from qrag_retriever.model import resolve_model
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.snapshot import Snapshot
-from qrag_retriever.vectors import checked_vectors
+from qrag_retriever.vectors import StoredVectors, checked_vectors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -164,7 +164,7 @@ class SecondStage(Corpus):
         for chunks in found:
             own = vectors[start : start + len(chunks)]
             start += len(chunks)
-            snapshot = Snapshot(MemoryChunks(chunks), own, 0)
+            snapshot = Snapshot(MemoryChunks(chunks), StoredVectors(own), 0)
             here = [id_ for id_ in exclude_ids if snapshot.chunks.find(id_) is not None]
             result.append(
                 SnapshotCandidates(snapshot, model, options, filter=filter, exclude_ids=here)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from qrag_retriever.chunk_store import ChunkSequence
+    from qrag_retriever.vectors import StoredVectors
 
 _KEPT_SELECTIONS = 8
 
@@ -30,23 +30,21 @@ class Snapshot:
 
     Attributes:
         chunks: All chunks in document order.
-        embeddings: Their action embeddings, float32 ``[N, d]``, read-only; may be memory-mapped.
+        vectors: Their action embeddings as they are stored; may be memory-mapped.
         version: Number of changes the index had seen.
     """
 
     def __init__(
         self,
         chunks: ChunkSequence,
-        embeddings: NDArray[np.float32],
+        vectors: StoredVectors,
         version: int,
         *,
         ann_kind: AnnKind = "none",
         stored_ann: NDArray[np.uint8] | None = None,
     ) -> None:
         self.chunks = chunks
-        self.embeddings = embeddings.view()
-        self.embeddings.setflags(write=False)
-        self._writable = embeddings
+        self.vectors = vectors
         self.version = version
         self._ann_kind = ann_kind
         self._stored_ann = stored_ann
@@ -54,11 +52,13 @@ class Snapshot:
         self._selections: dict[Hashable, NDArray[np.int64]] = {}
         self._lock = threading.Lock()
 
-    def tensor(self) -> Tensor:
-        """The embeddings as a tensor over the same memory, not to be written to."""
-        import torch
+    @property
+    def embeddings(self) -> NDArray[np.float32]:
+        """The action embeddings in float32 ``[N, d]``, read-only.
 
-        return torch.from_numpy(self._writable)  # of a read-only array torch warns
+        The stored ones themselves if that is how they are stored, or else made at each call.
+        """
+        return self.vectors.float32()
 
     @property
     def ann(self) -> AnnIndex | None:
@@ -67,7 +67,7 @@ class Snapshot:
             return None
         with self._lock:
             if self._ann is None:
-                self._ann = AnnIndex(self.embeddings, self._ann_kind, self._stored_ann)
+                self._ann = AnnIndex(self.vectors, self._ann_kind, self._stored_ann)
             return self._ann
 
     def select(self, filter: object = None) -> NDArray[np.int64] | None:

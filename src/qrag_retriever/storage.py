@@ -2,7 +2,8 @@
 
     manifest.json               format version, model fingerprint, and which files are the index
     chunks-<generation>.sqlite  the chunks
-    embeddings-<generation>.npy float32 [N, d]
+    embeddings-<generation>.npy their embeddings [N, d], as the manifest's dtype says
+    scales-<generation>.npy     a factor for each row, float32 [N], of int8 embeddings
     ann-<generation>.faiss      the approximate index, if there is one
 
 A save writes the files of a new generation, then replaces the manifest: that one rename is the
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -28,6 +30,7 @@ import numpy as np
 from qrag_retriever.ann import AnnKind
 from qrag_retriever.chunk_store import ChunkSequence, StoredChunks, damaged, write_chunks
 from qrag_retriever.errors import IndexFormatError, InvalidInputError
+from qrag_retriever.vectors import ARRAY_TYPES, StoredVectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 FORMAT = "qrag-index"
 FORMAT_VERSION = 1
 _MANIFEST = "manifest.json"
-_OWN_FILE = re.compile(r"(chunks|embeddings|ann)-[0-9a-f]{16}\.(sqlite|npy|faiss)")
+_OWN_FILE = re.compile(r"(chunks|embeddings|scales|ann)-[0-9a-f]{16}\.(sqlite|npy|faiss)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +49,14 @@ class IndexContent:
 
     Attributes:
         chunks: The chunks in document order.
-        embeddings: Their action embeddings, float32 ``[N, d]``.
+        vectors: Their action embeddings.
         fingerprint: Of the model that made them.
-        ann_kind: ``"none"``, ``"flat"`` or ``"hnsw"``.
+        ann_kind: Its kind of approximate index, or ``"none"``.
         ann: The approximate index as bytes, if it is worth keeping.
     """
 
     chunks: ChunkSequence
-    embeddings: NDArray[np.float32]
+    vectors: StoredVectors
     fingerprint: str
     ann_kind: AnnKind
     ann: NDArray[np.uint8] | None
@@ -70,8 +73,10 @@ def write_index(folder: Path, content: IndexContent) -> None:
     generation = secrets.token_hex(8)
     files: dict[str, tuple[str, Callable[[Path], object]]] = {
         "chunks": ("sqlite", lambda path: write_chunks(path, records)),
-        "embeddings": ("npy", lambda path: np.save(path, content.embeddings, allow_pickle=False)),
+        "embeddings": ("npy", functools.partial(_save_array, content.vectors.values)),
     }
+    if content.vectors.scales is not None:
+        files["scales"] = ("npy", functools.partial(_save_array, content.vectors.scales))
     if content.ann is not None:
         files["ann"] = ("faiss", content.ann.tofile)
     _require_ours(folder)
@@ -88,7 +93,8 @@ def write_index(folder: Path, content: IndexContent) -> None:
                 "package_version": importlib.metadata.version("qrag-retriever"),
                 "generation": generation,
                 "fingerprint": content.fingerprint,
-                "dimension": content.embeddings.shape[1],
+                "dtype": content.vectors.dtype,
+                "dimension": content.vectors.shape[1],
                 "count": len(content.chunks),
                 "ann": content.ann_kind,
                 "files": written,
@@ -133,17 +139,33 @@ def _open(folder: Path, manifest: dict[str, Any], verify: bool) -> IndexContent:
         for kind, entry in files.items():
             if _crc32(paths[kind]) != entry["crc32"]:
                 raise damaged(folder, f"{entry['name']} does not match its checksum")
-    shape = (manifest["count"], manifest["dimension"])
+    count, dtype = manifest["count"], manifest.get("dtype", "float32")
+    if dtype not in ARRAY_TYPES:
+        raise IndexFormatError(
+            f"The index in {folder} stores embeddings as {dtype!r}; this release reads "
+            f"{', '.join(ARRAY_TYPES)}. Upgrade qrag-retriever or build the index again."
+        )
+    values = _open_array(paths["embeddings"], ARRAY_TYPES[dtype], (count, manifest["dimension"]))
+    scales = _open_array(paths["scales"], np.float32, (count,)) if dtype == "int8" else None
+    chunks = StoredChunks(paths["chunks"], count)
+    ann = np.memmap(paths["ann"], np.uint8, mode="r").view(np.ndarray) if "ann" in paths else None
+    vectors = StoredVectors(values, dtype, scales)
+    return IndexContent(chunks, vectors, manifest["fingerprint"], manifest["ann"], ann)
+
+
+def _save_array(array: NDArray[Any], path: Path) -> None:
+    np.save(path, array, allow_pickle=False)
+
+
+def _open_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
     try:
         # copy on write: torch wants arrays that can be written to, and the file stays as it is
-        embeddings = np.load(paths["embeddings"], mmap_mode="c").view(np.ndarray)
+        array: NDArray[Any] = np.load(path, mmap_mode="c").view(np.ndarray)
     except (ValueError, EOFError) as error:
-        raise damaged(folder, f"{paths['embeddings'].name} has no valid header") from error
-    if embeddings.dtype != np.float32 or embeddings.shape != shape:
-        raise damaged(folder, f"{paths['embeddings'].name} does not hold float32 {shape}")
-    chunks = StoredChunks(paths["chunks"], shape[0])
-    ann = np.memmap(paths["ann"], np.uint8, mode="r").view(np.ndarray) if "ann" in paths else None
-    return IndexContent(chunks, embeddings, manifest["fingerprint"], manifest["ann"], ann)
+        raise damaged(path.parent, f"{path.name} has no valid header") from error
+    if array.dtype != kind or array.shape != shape:
+        raise damaged(path.parent, f"{path.name} does not hold {kind.__name__} {shape}")
+    return array
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -171,12 +193,16 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _is_complete(manifest: dict[str, Any]) -> bool:
     texts, numbers = ("generation", "fingerprint"), ("dimension", "count")
     files = manifest.get("files")
+    # an index of the first releases is float32 and does not say so
+    dtype = manifest.get("dtype", "float32")
+    needed = {"chunks", "embeddings", *(["scales"] if dtype == "int8" else [])}
     return (
         all(isinstance(manifest.get(name), str) for name in texts)
         and all(isinstance(manifest.get(name), int) for name in numbers)
         and manifest.get("ann") in get_args(AnnKind)
+        and isinstance(dtype, str)
         and isinstance(files, dict)
-        and {"chunks", "embeddings"} <= files.keys()
+        and needed <= files.keys()
         and all(
             isinstance(entry, dict)
             and _OWN_FILE.fullmatch(str(entry.get("name")))

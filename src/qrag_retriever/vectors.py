@@ -1,15 +1,180 @@
-"""Embeddings as arrays: checked when they come in, and growing without disturbing their readers."""
+"""Embeddings as arrays: checked when they come in, stored small, growing without a copy."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from qrag_retriever.errors import InvalidInputError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from numpy.typing import NDArray
+    from torch import Tensor
+
+    from qrag_retriever.quantized import QuantizedRows
+
+StorageType = Literal["float32", "bfloat16", "float16", "int8"]
+
+# what an array holds; NumPy has no bfloat16, so its bits are kept
+ARRAY_TYPES: dict[str, type[np.generic]] = {
+    "float32": np.float32,
+    "bfloat16": np.uint16,
+    "float16": np.float16,
+    "int8": np.int8,
+}
+_AT_ONCE = 1 << 16  # rows converted together
+
+
+def check_storage_type(dtype: object) -> None:
+    """Refuse a type that embeddings cannot be stored as.
+
+    Raises:
+        InvalidInputError: If it is one.
+    """
+    if dtype not in get_args(StorageType):
+        raise InvalidInputError(
+            f"dtype={dtype!r} is no type to store embeddings as; give one of "
+            f"{', '.join(map(repr, get_args(StorageType)))}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredVectors:
+    """Embeddings as an index keeps them; never changes.
+
+    Attributes:
+        values: ``[N, d]``, of the array type that belongs to ``dtype``.
+        dtype: ``"float32"``; ``"bfloat16"`` or ``"float16"``, half its size; or ``"int8"``, a
+            quarter: each row as integers from -127 to 127 and a factor.
+        scales: The factors, float32 ``[N]``; ``None`` for other types.
+    """
+
+    values: NDArray[Any]
+    dtype: StorageType = "float32"
+    scales: NDArray[np.float32] | None = None
+
+    @classmethod
+    def of(cls, vectors: NDArray[np.float32], dtype: StorageType) -> StoredVectors:
+        """Store vectors; float32 ones share their memory.
+
+        To store again what :meth:`float32` gives changes nothing.
+
+        Args:
+            vectors: float32 ``[N, d]``, finite.
+            dtype: The type.
+
+        Raises:
+            InvalidInputError: If a number is too large for the type.
+        """
+        if dtype == "int8":
+            values, scales = _to_int8(vectors)
+            return cls(values, dtype, scales)
+        if dtype == "float16":
+            with np.errstate(over="ignore"):
+                halves = vectors.astype(np.float16)
+            if not np.isfinite(halves).all():
+                raise InvalidInputError(
+                    "An embedding has numbers too large for float16 (65504); choose "
+                    "dtype='bfloat16' or 'int8'."
+                )
+            return cls(halves, dtype)
+        if dtype == "bfloat16":
+            import torch
+
+            numbers = torch.from_numpy(np.require(vectors, requirements="W")).bfloat16()
+            return cls(numbers.view(torch.uint16).numpy(), dtype)
+        return cls(vectors)
+
+    @classmethod
+    def gathered(
+        cls, parts: Iterable[StoredVectors], shape: tuple[int, int], dtype: StorageType
+    ) -> StoredVectors:
+        """Vectors that come in parts, in one array of their own.
+
+        Args:
+            parts: The parts, of type ``dtype``; one at a time is held.
+            shape: ``(N, d)`` of all together.
+            dtype: The type.
+        """
+        values = np.empty(shape, dtype=ARRAY_TYPES[dtype])
+        scales = np.empty(shape[0], dtype=np.float32) if dtype == "int8" else None
+        first = 0
+        for part in parts:
+            values[first : first + len(part)] = part.values
+            if scales is not None:
+                scales[first : first + len(part)] = part.scales
+            first += len(part)
+        return cls(values, dtype, scales)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, d)``."""
+        count, dimension = self.values.shape
+        return count, dimension
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def float32(self, rows: Any = slice(None)) -> NDArray[np.float32]:
+        """Vectors in float32, read-only; all of a float32 index without a copy.
+
+        Args:
+            rows: Which ones, in any way NumPy takes.
+        """
+        some = self.values[rows]
+        if self.dtype == "bfloat16":
+            result: NDArray[np.float32] = (some.astype(np.uint32) << 16).view(np.float32)
+        else:
+            result = some.astype(np.float32, copy=False)
+        if self.scales is not None:
+            result *= self.scales[rows][..., None]
+        result = result.view()
+        result.setflags(write=False)
+        return result
+
+    def tensor(self) -> Tensor | QuantizedRows:
+        """The vectors as `scoring.score` takes them, over the same memory; not to be written to."""
+        import torch
+
+        from qrag_retriever.quantized import QuantizedRows
+
+        values = torch.from_numpy(self.values)
+        if self.scales is not None:
+            return QuantizedRows(values, torch.from_numpy(self.scales))
+        return values.view(torch.bfloat16) if self.dtype == "bfloat16" else values
+
+    def take(self, rows: list[int] | slice) -> StoredVectors:
+        """The vectors of some rows, in this order."""
+        scales = None if self.scales is None else self.scales[rows]
+        return StoredVectors(self.values[rows], self.dtype, scales)
+
+    def replaced(self, rows: list[int], by: StoredVectors) -> StoredVectors:
+        """The vectors with some rows replaced by others of the same type."""
+
+        def replace(array: NDArray[Any], by: NDArray[Any]) -> NDArray[Any]:
+            array = array.copy()
+            array[rows] = by
+            return array
+
+        return self._joined(by, replace)
+
+    def extended(self, more: StoredVectors) -> StoredVectors:
+        """The vectors with more of the same type at the end, in a buffer as `extended` uses."""
+        return self._joined(more, extended)
+
+    def _joined(
+        self,
+        more: StoredVectors,
+        join: Callable[[NDArray[Any], NDArray[Any]], NDArray[Any]],
+    ) -> StoredVectors:
+        scales = None
+        if self.scales is not None and more.scales is not None:
+            scales = join(self.scales, more.scales)
+        return StoredVectors(join(self.values, more.values), self.dtype, scales)
 
 
 def checked_vectors(values: Any, shape: tuple[int, int], what: str) -> NDArray[np.float32]:
@@ -39,23 +204,40 @@ def checked_vectors(values: Any, shape: tuple[int, int], what: str) -> NDArray[n
     return vectors
 
 
-def extended(vectors: NDArray[np.float32], more: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Vectors with more rows at the end, in a buffer that doubles when it is full.
+def extended(array: NDArray[Any], more: NDArray[Any]) -> NDArray[Any]:
+    """An array with more rows at the end, in a buffer that doubles when it is full.
 
-    The result may share its buffer with ``vectors``. Only rows behind those in use are written, so
+    The result may share its buffer with ``array``. Only rows behind those in use are written, so
     earlier views stay as they are; hence only the latest result may be extended.
 
     Args:
-        vectors: float32 ``[N, d]``.
-        more: float32 ``[M, d]``.
+        array: ``[N, …]``.
+        more: ``[M, …]`` of the same type.
 
     Returns:
-        float32 ``[N + M, d]``.
+        ``[N + M, …]``.
     """
-    used, count = len(vectors), len(vectors) + len(more)
-    buffer = vectors.base
+    used, count = len(array), len(array) + len(more)
+    buffer = array.base
     if not isinstance(buffer, np.ndarray) or len(buffer) < count:
-        buffer = np.empty((max(count, 2 * used), more.shape[1]), dtype=np.float32)
-        buffer[:used] = vectors
+        buffer = np.empty((max(count, 2 * used), *more.shape[1:]), dtype=more.dtype)
+        buffer[:used] = array
     buffer[used:count] = more
     return buffer[:count]
+
+
+def _to_int8(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Integers and one factor a row, block by block."""
+    values = np.empty(vectors.shape, dtype=np.int8)
+    scales = np.zeros(len(vectors), dtype=np.float32)
+    for first in range(0, len(vectors), _AT_ONCE):
+        block = vectors[first : first + _AT_ONCE]
+        largest = np.abs(block).max(axis=1, initial=0)
+        # The factor is rounded up to 17 bits: its product with an integer of 7 is then exact in
+        # float32, and to quantise that again gives the same.
+        bits = (largest / np.float32(127)).view(np.uint32)
+        scale = ((bits + 0x7F) & ~np.uint32(0x7F)).view(np.float32)
+        divisor = np.where(scale > 0, scale, 1)[:, None]
+        values[first : first + len(block)] = np.rint(block / divisor)
+        scales[first : first + len(block)] = scale
+    return values, scales

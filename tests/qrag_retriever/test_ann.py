@@ -7,6 +7,7 @@ from fake_model import FakeModel
 from qrag_retriever.ann import AnnIndex
 from qrag_retriever.errors import ConfigError, IndexFormatError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
+from qrag_retriever.vectors import StoredVectors
 
 COUNT, DIMENSION = 3000, 64
 
@@ -33,7 +34,7 @@ def states() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def hnsw(corpus: np.ndarray) -> AnnIndex:
-    return AnnIndex(corpus, "hnsw")
+    return AnnIndex(StoredVectors(corpus), "hnsw")
 
 
 def allowed(share: float | None) -> np.ndarray | None:
@@ -45,7 +46,7 @@ def allowed(share: float | None) -> np.ndarray | None:
 @pytest.mark.parametrize("share", [None, 0.5, 0.003])
 def test_flat_equals_exact(corpus: np.ndarray, states: np.ndarray, share: float | None) -> None:
     rows = allowed(share)
-    found = AnnIndex(corpus, "flat").search(states, 10, rows)
+    found = AnnIndex(StoredVectors(corpus), "flat").search(states, 10, rows)
     expected = exact(states, corpus, 10, rows)
     assert found.dtype == np.int64
     assert np.array_equal(found, expected)
@@ -69,15 +70,15 @@ def test_hnsw_always_fills_its_answer(corpus: np.ndarray, states: np.ndarray) ->
     split[:, 0] += np.where(np.arange(400) < 300, 100, -100)
     rows = np.arange(300, 400)
     states = np.abs(states)
-    found = AnnIndex(split, "hnsw").search(states, 60, rows)
+    found = AnnIndex(StoredVectors(split), "hnsw").search(states, 60, rows)
     assert found.shape == (len(states), 60)
     assert np.isin(found, rows).all()
     assert all(len(set(line)) == 60 for line in found.tolist())
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_small_and_empty_requests(kind: str) -> None:
-    index = AnnIndex(np.eye(3, dtype=np.float32), kind)
+    index = AnnIndex(StoredVectors(np.eye(3, dtype=np.float32)), kind)
     states = np.array([[1, 3, 2]], dtype=np.float32)
     assert index.search(states, 10).tolist() == [[1, 2, 0]]
     assert index.search(states, 10, np.array([0, 2])).tolist() == [[2, 0]]
@@ -88,20 +89,52 @@ def test_small_and_empty_requests(kind: str) -> None:
 @pytest.mark.parametrize(("shape", "k"), [((1, 4), 1), ((3,), 1), ((1, 3), 0)])
 def test_wrong_requests(shape: tuple[int, ...], k: int) -> None:
     with pytest.raises(InvalidInputError):
-        AnnIndex(np.eye(3, dtype=np.float32), "flat").search(np.ones(shape, np.float32), k)
+        AnnIndex(StoredVectors(np.eye(3, dtype=np.float32)), "flat").search(
+            np.ones(shape, np.float32), k
+        )
 
 
 def test_stored_hnsw_is_the_same_index(
     corpus: np.ndarray, states: np.ndarray, hnsw: AnnIndex
 ) -> None:
     stored = hnsw.to_bytes()
-    again = AnnIndex(corpus, "hnsw", stored)
+    again = AnnIndex(StoredVectors(corpus), "hnsw", stored)
     assert np.array_equal(again.search(states, 10), hnsw.search(states, 10))
     with pytest.raises(IndexFormatError, match="over 3000 vectors of 64"):
-        AnnIndex(corpus[:-1], "hnsw", stored)
+        AnnIndex(StoredVectors(corpus[:-1]), "hnsw", stored)
     with pytest.raises(IndexFormatError, match="cannot be read"):
-        AnnIndex(corpus, "hnsw", stored[:500])
-    assert AnnIndex(corpus, "flat").to_bytes() is None
+        AnnIndex(StoredVectors(corpus), "hnsw", stored[:500])
+    assert AnnIndex(StoredVectors(corpus), "flat").to_bytes() is None
+
+
+@pytest.fixture(scope="module")
+def alike() -> np.ndarray:
+    """Vectors that vary in few directions, as embeddings do, but enough for lists and codes."""
+    random = np.random.default_rng(3)
+    directions = random.standard_normal((8, 32))
+    return (random.standard_normal((12_000, 8)) @ directions).astype(np.float32)
+
+
+@pytest.mark.parametrize("share", [None, 0.5, 0.05])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_ivfpq_compares_what_it_finds_exactly(
+    alike: np.ndarray, dtype: str, share: float | None
+) -> None:
+    vectors = StoredVectors.of(alike, dtype)
+    states = alike[:40] + np.float32(0.5)
+    rows = (
+        None if share is None else np.flatnonzero(np.random.default_rng(4).random(12_000) < share)
+    )
+    index = AnnIndex(vectors, "ivfpq")
+    found = index.search(states, 3, rows)
+    expected = exact(states, vectors.float32(), 3, rows)
+    assert rows is None or np.isin(found, rows).all()
+    assert recall(found[:, :1], expected[:, :1]) >= 0.95
+    products = np.take_along_axis(states @ vectors.float32().T, found, axis=1)
+    assert (np.diff(products, axis=1) <= 1e-3).all()
+    stored = index.to_bytes()
+    assert stored.nbytes < alike.nbytes / 2
+    assert np.array_equal(AnnIndex(vectors, "ivfpq", stored).search(states, 3, rows), found)
 
 
 def test_positions_and_unknown_kinds_are_refused() -> None:
@@ -110,11 +143,11 @@ def test_positions_and_unknown_kinds_are_refused() -> None:
         with pytest.raises(ConfigError, match=f"positions='none'.*{positions}"):
             ChunkIndex(model, ann="hnsw")
         assert ChunkIndex(model).snapshot().ann is None
-    with pytest.raises(ConfigError, match="'none', 'flat' or 'hnsw'"):
+    with pytest.raises(ConfigError, match="'none', 'flat', 'hnsw' or 'ivfpq'"):
         ChunkIndex(FakeModel(), ann="annoy")
 
 
-@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])
 def test_an_index_keeps_its_ann_up_to_date_and_on_disk(kind: str, tmp_path) -> None:
     model = FakeModel()
     texts = [f"text {number}" for number in range(50)]

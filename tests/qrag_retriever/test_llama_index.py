@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -82,16 +83,20 @@ def test_the_encoder_reads_what_a_node_wants_to_be_embedded(monkeypatch):
 
 def test_threads_at_once_get_what_one_gets():
     retriever = make()
-    expected = {query: contents(retriever.retrieve(query)) for query in QUERIES}
+    expected = {query: retriever.retrieve(query) for query in QUERIES}
     start = threading.Barrier(8)
 
     def work(number):
         start.wait()
         query = QUERIES[number % len(QUERIES)]
-        return all(contents(retriever.retrieve(query)) == expected[query] for _ in range(3))
+        return [(query, retriever.retrieve(query)) for _ in range(3)]
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(8)))
+        for query, found in itertools.chain(*pool.map(work, range(8))):
+            assert ids(found) == ids(expected[query])
+            # searches that share an encoder pass may differ in the last digit
+            scores = [node.score for node in expected[query]]
+            assert [node.score for node in found] == pytest.approx(scores, rel=1e-4, abs=1e-4)
 
 
 async def test_the_event_loop_goes_on_during_a_search(monkeypatch):

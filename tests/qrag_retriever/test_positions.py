@@ -82,6 +82,7 @@ def test_runs_describe_every_chunk(corpus, scheme, width):
     n, retrieved = corpus
     bounds, first, last = scheme.runs(n, retrieved, width)
     expected = scheme.positions(n, retrieved)
+    assert [scheme.position(n, retrieved, chunk) for chunk in range(n)] == expected.tolist()
     assert bounds[0] == 0
     assert bounds[-1] == n
     lengths = np.diff(bounds)

@@ -170,7 +170,7 @@ class _StoreCandidates:
         if self.n is None:
             return 0.0
         places = [self.place(other) for other in before]
-        return float(self._scheme.positions(self.n, places)[self.place(number)])
+        return self._scheme.position(self.n, places, self.place(number))
 
     def _requests(self, state: NDArray[np.float32], retrieved: Sequence[int]) -> list[Request]:
         """One for all chunks, or one for each run of equal ρ with the state turned back by it."""

@@ -1,0 +1,105 @@
+"""Chunks embedded per second, beside `SentenceTransformer.encode` on the same texts.
+
+    python examples/benchmarks/encoding.py --json examples/benchmarks/results/encoding.json
+
+Two sets of texts from a book: sentences of similar length, and passages of mixed length of which a
+third occurs twice. Both sides take turns, medians are compared, and the vectors must agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from machine import report
+from scoring import take_turns
+
+from qrag_retriever import ChunkIndex, QRAGModel
+from qrag_retriever.model_files import load_embedder
+from qrag_train.data import split_sentences
+
+BOOK = Path(__file__).parents[1] / "data" / "treasure_island.txt"
+SENTENCES = (1, 1, 2, 4, 8)  # of a passage of mixed length
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    embedder = load_embedder(options.model, trust_remote_code=False)
+    model = QRAGModel.from_encoder(options.model, device=str(embedder.device), scale=1.0)
+    rows = [
+        compare(name, texts, embedder, model, options)
+        for name, texts in {"even": even, "mixed": mixed}.items()
+        for texts in [texts(options.texts, options.seed)]
+    ]
+    if options.json:
+        report(options.json, options.seed, repetitions=options.repetitions, figures=rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="an embedder; default: the offline one")
+    parser.add_argument("--texts", type=int, default=1200)
+    parser.add_argument("--devices", nargs="+", help="of the index; default: the model's alone")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    return parser.parse_args()
+
+
+def even(count: int, seed: int) -> list[str]:
+    """Different sentences of 8 to 14 words."""
+    sentences = split_sentences(BOOK.read_text(encoding="utf-8"))
+    chosen = list(dict.fromkeys(text for text in sentences if 8 <= len(text.split()) <= 14))
+    return np.random.default_rng(seed).permutation(chosen)[:count].tolist()
+
+
+def mixed(count: int, seed: int) -> list[str]:
+    """One to eight sentences each, a third of the texts repeated."""
+    sentences = split_sentences(BOOK.read_text(encoding="utf-8"))
+    random = np.random.default_rng(seed)
+    texts = []
+    for _ in range(count - count // 3):
+        first = int(random.integers(len(sentences) - max(SENTENCES)))
+        texts.append(" ".join(sentences[first : first + int(random.choice(SENTENCES))]))
+    texts += random.choice(texts, count // 3, replace=False).tolist()
+    return random.permutation(texts).tolist()
+
+
+def compare(
+    name: str, texts: list[str], embedder: Any, model: QRAGModel, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Time both, and see that they agree."""
+
+    def build() -> ChunkIndex:
+        return ChunkIndex.from_texts(texts, model=model, devices=options.devices)
+
+    def plain() -> np.ndarray:
+        vectors: np.ndarray = embedder.encode(texts, show_progress_bar=False)
+        return vectors
+
+    apart = float(np.abs(build().snapshot().embeddings - plain()).max())
+    if apart > 1e-3:
+        raise SystemExit(f"{name}: the embeddings differ by {apart:.2g}")
+    seconds = take_turns({"index": build, "plain": plain}, options.repetitions)
+    row = {
+        "texts": name,
+        "count": len(texts),
+        "different": len(set(texts)),
+        "devices": options.devices or [str(model.device)],
+        "sentence_transformer_per_s": round(len(texts) / seconds["plain"], 1),
+        "chunk_index_per_s": round(len(texts) / seconds["index"], 1),
+        "times_faster": round(seconds["plain"] / seconds["index"], 2),
+        "largest_difference": apart,
+    }
+    print(*(f"{key}: {value}" for key, value in row.items()), sep="  ")
+    return row
+
+
+if __name__ == "__main__":
+    main()

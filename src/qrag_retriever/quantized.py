@@ -1,0 +1,136 @@
+"""Rows of small integers with a factor each, and their products with vectors."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+_LARGEST = 127
+_PART = 2 * _LARGEST + 1  # a vector is split into 255·high + low
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """A matrix whose row ``i`` is ``values[i] * scales[i]``.
+
+    Attributes:
+        values: int8 ``[M, d]`` without -128.
+        scales: float32 ``[M]``.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[M, d]``."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """int8."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self.values.device
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, rows: slice | Tensor) -> QuantizedRows:
+        return QuantizedRows(self.values[rows], self.scales[rows])
+
+    def float(self) -> Tensor:
+        """The rows in float32."""
+        return self.values.float().mul_(self.scales[:, None])
+
+    def products(self, edges: NDArray[np.int64], parts: Tensor, steps: Tensor) -> Tensor:
+        """The product of each row with the vectors of its stretch, computed in integers.
+
+        So the rows need not be converted, which takes longer than to multiply them.
+
+        Args:
+            edges: Stretch ``g`` is the rows ``edges[g]`` up to ``edges[g + 1]``, ``[G + 1]``.
+            parts: P vectors of S states for each stretch, as `in_two_parts` gives them,
+                ``[G, S, 2, P, d]``.
+            steps: The steps that belong to them, ``[S]``.
+
+        Returns:
+            float32 ``[M, P, S]``.
+        """
+        stretches = zip(itertools.pairwise(edges.tolist()), parts.flatten(1, 3), strict=True)
+        sums = torch.cat(
+            [torch._int_mm(part, self.values[first:last].T) for (first, last), part in stretches],  # noqa: SLF001
+            dim=1,
+        )
+        high, low = torch.unflatten(sums.float(), 0, parts.shape[1:4]).unbind(1)
+        return (
+            low.add_(high, alpha=_PART)
+            .mul_(steps[:, None, None])
+            .mul_(self.scales)
+            .permute(2, 1, 0)
+        )
+
+
+def in_two_parts(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Vectors in 16 bits: ``step * (255 * high + low)`` with high and low from -127 to 127.
+
+    A product with them is off by about 1e-5 of the lengths of vector and row, much less than what
+    rows of 8 bits lost when they were quantised.
+
+    Args:
+        vectors: P vectors for each run of each state, one state's after the other's, ``[R, P, d]``.
+        counts: Number of runs of each of the S states.
+
+    Returns:
+        High and low, int8 ``[R, 2, P, d]``; and the step of each state, ``[S]``.
+    """
+    largest = torch.stack([of_state.abs().max() for of_state in torch.split(vectors, list(counts))])
+    steps = (largest / (_LARGEST * (_PART + 1))).clamp_(min=torch.finfo(torch.float32).tiny)
+    runs = torch.tensor(counts, device=steps.device)
+    whole = (vectors / steps.repeat_interleave(runs)[:, None, None]).round_()
+    high = (whole / _PART).round_()
+    parts = torch.empty(len(vectors), 2, *vectors.shape[1:], dtype=torch.int8, device=steps.device)
+    parts[:, 0] = high
+    parts[:, 1] = whole.sub_(high, alpha=_PART)
+    return parts, steps
+
+
+@functools.cache
+def multiplies_integers() -> bool:
+    """Whether `QuantizedRows.products` can be used on the CPU.
+
+    The function it calls is torch's own, undocumented one, and processors without the right
+    instruction saturate where sums are large: so see whether it is there and exact. Where oneDNN
+    does not serve it, it is exact but a plain loop.
+    """
+    served = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    if not served or "AVX" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    random = torch.Generator().manual_seed(0)
+    a = torch.randint(-_LARGEST, _LARGEST + 1, (4, 96), generator=random, dtype=torch.int8)
+    a[0], a[1] = _LARGEST, -_LARGEST
+    b = torch.cat([a[:2], a[2:].repeat(9, 1)])
+    try:
+        found = torch._int_mm(a, b.T)  # noqa: SLF001
+    except (AttributeError, RuntimeError):
+        return False
+    return torch.equal(found.long(), a.long() @ b.long().T)
