@@ -90,7 +90,7 @@ def embed_dataset(
     _needs_ray()
     from ray.data import ActorPoolStrategy
 
-    _check_columns(dataset, ("text",))
+    _check_columns(dataset.columns(), ("text",))
     return dataset.map_batches(
         ChunkEmbedder,
         fn_constructor_kwargs={"model": str(model), "device": "cuda" if gpus else "cpu"},
@@ -129,7 +129,7 @@ def fill_store(
     _needs_ray()
     from ray.data import ActorPoolStrategy
 
-    _check_columns(dataset, ("id", "text"))
+    _check_columns(dataset.columns(), ("id", "text"))
     written = dataset.map_batches(
         StoreWriter,
         fn_constructor_kwargs={"open_store": open_store},
@@ -152,12 +152,12 @@ def index_of(dataset: Any, model: QRAGModel) -> ChunkIndex:
         InvalidInputError: If a column is missing, or there are no rows, and see
             `ChunkIndex.from_embeddings`.
     """
-    _check_columns(dataset, ("text", "embedding"))
     texts: list[str] = []
     metadatas: list[dict[str, Any]] = []
     ids: list[str] = []
     parts: list[NDArray[np.float32]] = []
     for batch in dataset.iter_batches(batch_format="numpy"):
+        _check_columns(list(batch), ("text", "embedding"))
         parts.append(np.stack(list(batch["embedding"])).astype(np.float32, copy=False))
         others = [name for name in batch if name not in ("id", "text", "embedding")]
         texts += map(str, batch["text"])
@@ -176,8 +176,7 @@ def _rows(batch: Batch, names: list[str]) -> list[dict[str, Any]]:
     return rows or [{} for _ in batch["text"]]
 
 
-def _check_columns(dataset: Any, needed: tuple[str, ...]) -> None:
-    columns = dataset.columns()
+def _check_columns(columns: list[str], needed: tuple[str, ...]) -> None:
     missing = [name for name in needed if name not in columns]
     if missing:
         raise InvalidInputError(

@@ -22,9 +22,6 @@ class Rows:
     def __init__(self, *batches: dict[str, Any]) -> None:
         self.batches = batches
 
-    def columns(self) -> list[str]:
-        return list(self.batches[0])
-
     def iter_batches(self, batch_format: str) -> Any:
         assert batch_format == "numpy"
         return iter(self.batches)
