@@ -36,11 +36,12 @@ CASES: dict[str, dict[str, Any]] = {
 # functions of an update by the file and the name they have there
 PHASES = {
     "chunks, without gradient": ("texts.py", "_embed"),
-    "states, without gradient": ("rollout.py", "_q"),
-    "loss, forward": ("module.py", "loss"),
+    "states, trained networks": ("rollout.py", "_states"),
+    "states, target networks": ("rollout.py", "_next_values"),
+    "loss, chosen chunks": ("module.py", "loss"),
     "loss, backward": ("~", "<method 'run_backward' of 'torch._C._EngineBase' objects>"),
     "optimiser": ("adamw.py", "adamw"),
-    "target networks": ("module.py", "update_target"),
+    "target networks follow": ("module.py", "update_target"),
 }
 
 
