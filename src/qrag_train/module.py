@@ -233,7 +233,7 @@ class QRAGTrainingModule(lightning.LightningModule):
         if self._episodes:
             count = len(self._episodes)
             means = {
-                "return": sum(episode.total_reward for episode in self._episodes) / count,
+                "return": sum(episode.discounted_return for episode in self._episodes) / count,
                 "fact_em": sum(episode.fact_em for episode in self._episodes) / count,
                 "fact_f1": sum(episode.fact_f1 for episode in self._episodes) / count,
             }

@@ -33,9 +33,9 @@ _MOST_TEXTS = 300_000
 
 @dataclasses.dataclass(frozen=True)
 class Episode:
-    """What became of a finished episode: its undiscounted return, Fact-EM and Fact-F1."""
+    """What became of a finished episode: the discounted sum of its rewards, Fact-EM and Fact-F1."""
 
-    total_reward: float
+    discounted_return: float
     fact_em: float
     fact_f1: float
 
@@ -229,7 +229,8 @@ class RolloutCollector:
         return self.table.state_ids(states)
 
     def _finish(self, rewards: Tensor, dones: Tensor) -> list[Episode]:
-        self._returns += rewards.double().numpy()
+        steps = self.environment.steps.numpy()
+        self._returns += self._config.gamma ** (steps - 1) * rewards.double().numpy()
         self._ended = dones.numpy().copy()
         retrieved = self.environment.retrieved()
         finished = []

@@ -265,9 +265,13 @@ def test_episode_stream_is_the_same_for_a_seed() -> None:
 
 def test_rewards_follow_the_settings(model: QRAGModel) -> None:
     reward = RewardConfig(per_fact=0.25, stop_on_success=False)
-    collector = collector_of(model, model, Colours(6, support=2), reward=reward, rollout_steps=3)
+    gamma = 0.5
+    collector = collector_of(
+        model, model, Colours(6, support=2), reward=reward, rollout_steps=3, gamma=gamma
+    )
     rollout = collector.collect(1.0)
     assert rollout.dones.tolist() == [[False] * 4, [False] * 4, [True] * 4]
-    totals = [episode.total_reward for episode in rollout.finished]
-    assert totals == pytest.approx(rollout.rewards.sum(0).tolist())
-    assert set(totals) <= {0.0, 0.25, 1.5}
+    found = [episode.discounted_return for episode in rollout.finished]
+    first, second, third = rollout.rewards
+    assert found == pytest.approx((first + gamma * second + gamma**2 * third).tolist())
+    assert any(found)

@@ -86,7 +86,7 @@ def test_mixture_weighs_finite_sources_by_their_size():
     rng = np.random.default_rng(2)
     drawn = [Mixture([a, b]).sample(rng).id for _ in range(4000)]
     assert 3500 < drawn.count("b") < 3700
-    with pytest.raises(DatasetError, match="Counting without end has no size .* give each source a weight"):
+    with pytest.raises(DatasetError, match=r"Counting without end .* a weight"):
         Mixture([a, Counting()])
 
 
