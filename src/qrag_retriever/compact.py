@@ -1,4 +1,4 @@
-"""A model folder in a fifth of the space: 8-bit weights, shared ones once, checked files."""
+"""A model folder in a quarter of the space: 8-bit weights, shared ones once, checked files."""
 
 from __future__ import annotations
 

@@ -148,9 +148,8 @@ class QRAGModel(nn.Module):
 
         Args:
             path: The folder; a model already there is replaced.
-            compact: Write a form of a fifth of the size or less, which `from_pretrained` alone
-                loads: weights of 8 bits, those that both encoders have once, and a SHA-256 of each
-                file, which loading checks.
+            compact: Write a form of a quarter of the size or less, which `from_pretrained` alone
+                loads: 8-bit weights, shared ones once, a SHA-256 of each file.
 
         Returns:
             The folder.
@@ -158,8 +157,7 @@ class QRAGModel(nn.Module):
         Raises:
             InvalidInputError: If the folder holds something other than a Q-RAG model.
         """
-        embedder = self.sentence_transformer()
-        return model_files.save(embedder, self.config, Path(path), compactly=compact)
+        return model_files.save(self.sentence_transformer(), self.config, Path(path), compact)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the model to the model hub.

@@ -208,7 +208,7 @@ def load(
 
 
 def save(
-    model: SentenceTransformer, config: QRAGConfig, folder: Path, *, compactly: bool = False
+    model: SentenceTransformer, config: QRAGConfig, folder: Path, compactly: bool = False
 ) -> Path:
     """Write a model folder: beside the target first, then put in its place.
 
