@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     Batch = dict[str, NDArray[Any]]
 
 
+# Of each worker, for Ray's books: less than one, so that on a machine with as many cores as workers
+# something is left for reading and writing, without which the workers would wait for ever.
+_CPUS = 0.5
+
+
 class ChunkEmbedder:
     """A worker that keeps a model and embeds batches, for ``Dataset.map_batches``.
 
@@ -96,6 +101,7 @@ def embed_dataset(
         fn_constructor_kwargs={"model": str(model), "device": "cuda" if gpus else "cpu"},
         compute=ActorPoolStrategy(size=workers),
         num_gpus=gpus,
+        num_cpus=_CPUS,
         batch_size=batch_size,
     )
 
@@ -135,6 +141,7 @@ def fill_store(
         fn_constructor_kwargs={"open_store": open_store},
         compute=ActorPoolStrategy(size=workers),
         num_gpus=gpus,
+        num_cpus=_CPUS,
         batch_size=batch_size,
     )
     return int(written.count())
