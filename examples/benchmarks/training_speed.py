@@ -40,7 +40,7 @@ PHASES = {
     "states, target networks": ("rollout.py", "_next_values"),
     "loss, chosen chunks": ("module.py", "loss"),
     "loss, backward": ("~", "<method 'run_backward' of 'torch._C._EngineBase' objects>"),
-    "optimiser": ("adamw.py", "adamw"),
+    "optimiser": ("adam.py", "adam"),
     "target networks follow": ("module.py", "update_target"),
 }
 
