@@ -61,7 +61,9 @@ class QRAGTrainingModule(lightning.LightningModule):
         self.model = model
         self.seed = seed
         freeze_unused(model)
-        self.target = copy.deepcopy(model).float().requires_grad_(False)
+        # with τ = 1 the targets are the trained networks: one copy, each text embedded once
+        shared = self.pqn.tau == 1
+        self.target = model if shared else copy.deepcopy(model).float().requires_grad_(False)
         self.collector: RolloutCollector | None = None
         self._restored: Mapping[str, Any] | None = None
         self._episodes: deque[Episode] = deque(maxlen=_LOGGED_EPISODES)
@@ -143,6 +145,8 @@ class QRAGTrainingModule(lightning.LightningModule):
     @torch.no_grad()
     def update_target(self) -> None:
         """θ' ← τθ + (1-τ)θ', in float32."""
+        if self.target is self.model:
+            return
         pairs = [
             (old, new.float())
             for old, new in zip(self.target.parameters(), self.model.parameters(), strict=True)

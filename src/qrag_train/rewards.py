@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -80,3 +81,27 @@ def step_rewards(
     per_fact = config.per_fact + config.completion * config.fact_share / n_support
     rewards = (at_completion + n_new * per_fact).to(torch.float32)
     return rewards, complete & config.stop_on_success
+
+
+def path_return(
+    retrieved: Sequence[int], support: Sequence[int], config: RewardConfig, gamma: float
+) -> float:
+    """Discounted sum of the rewards of one episode, Σ_t γ^t r_t.
+
+    Args:
+        retrieved: Chunk numbers in the order in which they were retrieved.
+        support: F*, chunk numbers.
+        config: What is rewarded.
+        gamma: Discount γ.
+
+    Example:
+        >>> path_return([4, 2, 7], support=[7, 4], config=RewardConfig(fact_share=0.5), gamma=0.5)
+        0.4375
+    """
+    facts = torch.tensor(sorted(set(support)), dtype=torch.long)
+    hits = torch.tensor(retrieved, dtype=torch.long)[:, None] == facts
+    found = hits.cumsum(0) > 0
+    before = torch.cat([torch.zeros(1, len(facts), dtype=torch.bool), found])[:-1]
+    steps = torch.arange(len(retrieved))
+    rewards, _ = step_rewards(before, found, torch.ones_like(found), steps + 1, config)
+    return float((rewards.double() * gamma**steps).sum())

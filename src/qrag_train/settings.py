@@ -21,7 +21,8 @@ class PQNConfig:
         lambda_: λ, from 0 (one-step targets) to 1 (whole returns).
         alpha: Temperature α of the soft policy and the soft value at the start of training.
         alpha_floor: Least α; it falls with the learning rate's decay.
-        tau: τ, what the target networks take from the trained ones at each update; 1: no targets.
+        tau: τ, what the target networks take from the trained ones at each update; 1: no targets,
+            which saves embedding every chunk twice.
         top_k_actions: Best available actions that the policy and the soft value look at; ``None``:
             all of them (eq. 3 and 4 as printed).
         n_critics: 2: each half of an embedding is a critic; 1: the whole.

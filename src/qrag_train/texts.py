@@ -136,9 +136,11 @@ class ChunkEmbeddings:
         self._row[new] = np.arange(rows, rows + len(new))
         inputs = self._table.action_ids(due.tolist())
         place = torch.from_numpy(self._row[due])
+        trained, target = self._encoders
+        fresh = trained.encode(inputs)
+        both = fresh, fresh if target is trained else target.encode(inputs)
         vectors = []
-        for old, encoder in zip(self._vectors, self._encoders, strict=True):
-            fresh = encoder.encode(inputs)
+        for old, fresh in zip(self._vectors, both, strict=True):
             extended = torch.cat([old.to(fresh), fresh.new_empty(len(new), fresh.shape[1])])
             extended[place.to(fresh.device)] = fresh
             vectors.append(extended)

@@ -9,6 +9,7 @@ from qrag_retriever.search import SearchOptions
 from qrag_train.evaluation import search_samples
 from qrag_train.metrics import retrieval_metrics
 from qrag_train.module import QRAGTrainingModule
+from qrag_train.rewards import path_return
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,14 +18,14 @@ if TYPE_CHECKING:
 
     from qrag_train.data.sample import SupportSample
 
-_LOGGED = ("fact_em", "fact_f1", "return")
+_LOGGED = ("fact_em", "fact_f1")
 
 
 class ValidatedTrainingModule(QRAGTrainingModule):
     """A `QRAGTrainingModule` that can also be judged: by greedy retrieval of T chunks.
 
     Logs ``val/fact_em``, ``val/fact_f1`` and ``val/return``, or ``test/…``, means over all
-    questions of all processes.
+    questions of all processes. The return is that of training: its rewards, discounted.
     """
 
     @property
@@ -55,13 +56,12 @@ class ValidatedTrainingModule(QRAGTrainingModule):
 
     def _judge(self, part: str, samples: Sequence[SupportSample]) -> None:
         beams = search_samples(self.model, samples, SearchOptions(self.budget, runners_up=0))
-        scores = retrieval_metrics(
-            [beam.retrieved for beam in beams],
-            [sample.support for sample in samples],
-            gamma=self.pqn.gamma,
-        )
-        self.log_dict(
-            {f"{part}/{name}": scores[name] for name in _LOGGED},
-            batch_size=len(samples),
-            sync_dist=True,
-        )
+        paths = [beam.retrieved for beam in beams]
+        support = [sample.support for sample in samples]
+        scores = retrieval_metrics(paths, support)
+        logged = {f"{part}/{name}": scores[name] for name in _LOGGED}
+        logged[f"{part}/return"] = sum(
+            path_return(path, facts, self.pqn.reward, self.pqn.gamma)
+            for path, facts in zip(paths, support, strict=True)
+        ) / len(samples)
+        self.log_dict(logged, batch_size=len(samples), sync_dist=True)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -203,6 +204,26 @@ def test_target_networks_follow(folder: Path) -> None:
         moved += ".pooler." not in name
     assert moved > 10
     assert not any(parameter.requires_grad for parameter in module.target.parameters())
+
+
+def test_without_targets_the_trained_networks_serve_as_targets(
+    folder: Path, tmp_path: Path
+) -> None:
+    class Copied(QRAGTrainingModule):
+        """Keeps a copy as the target and renews it after every update."""
+
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            self.target = copy.deepcopy(self.model).requires_grad_(False)
+
+    weights = []
+    for kind in (QRAGTrainingModule, Copied):
+        start = module_of(folder, tau=1.0)
+        module = kind(start.model, start.pqn, start.optimizer_config, seed=1)
+        trainer_of(5, tmp_path).fit(module, RolloutLoader(Colours(), updates=5, seed=0))
+        weights.append(weights_of(module.model))
+    assert not torch.equal(weights[0], weights_of(module_of(folder).model))
+    torch.testing.assert_close(*weights, atol=1e-6, rtol=1e-5)
 
 
 def test_norms_and_biases_do_not_decay(folder: Path) -> None:

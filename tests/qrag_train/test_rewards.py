@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrag_retriever.errors import ConfigError
-from qrag_train.rewards import RewardConfig, step_rewards
+from qrag_train.rewards import RewardConfig, path_return, step_rewards
 
 configs = st.builds(
     RewardConfig,
@@ -73,6 +73,14 @@ def test_rewards_of_many_episodes_at_once(batch, config):
 def test_the_share_of_facts_moves_the_reward_but_does_not_change_its_sum(batch, share):
     rewards, _ = all_steps(batch, RewardConfig(completion=2.0, fact_share=share))
     torch.testing.assert_close(rewards.sum(0), torch.full((len(batch),), 2.0))
+
+
+@given(batch=episodes, config=configs, gamma=st.floats(0.1, 1), length=st.integers(1, 7))
+def test_the_return_of_a_path_is_the_discounted_sum_of_its_rewards(batch, config, gamma, length):
+    for support, order in batch:
+        path = list(order)[:length]
+        slow = sum(r * gamma**t for t, r in enumerate(slow_rewards(support, path, config)))
+        assert path_return(path, sorted(support), config, gamma) == pytest.approx(slow, abs=1e-6)
 
 
 def test_the_default_is_one_at_completion_only():
