@@ -105,9 +105,9 @@ def real(task: int, split: str) -> list[SupportSample]:
     return list(read_babi(next(BABI.glob(f"qa{task}_*_{split}.txt"))))
 
 
-def stories(task: int, count: int, seed: int = 0) -> list[list[SupportSample]]:
+def stories(task: int, count: int, seed: int = 0, moves: int = 1) -> list[list[SupportSample]]:
     rng = np.random.default_rng((seed, task))
-    return [BabiSimulator(task).story(rng) for _ in range(count)]
+    return [BabiSimulator(task, moves).story(rng) for _ in range(count)]
 
 
 @needs_babi
@@ -232,6 +232,22 @@ def test_draws_are_reproducible_and_do_not_repeat(task):
     assert len({(sample.chunks, sample.question) for sample in drawn}) > 25
 
 
+@pytest.mark.parametrize("task", [1, 2, 3, 5])
+def test_more_moves_make_longer_ways_and_nothing_else(task):
+    shares = []
+    for moves in (1, 4):
+        told = stories(task, 100, moves=moves)
+        for story in told:
+            replay(story[-1].chunks)
+            for sample in story:
+                assert read_story(sample) == (sample.answer, sample.support)
+        chunks = [chunk for story in told for chunk in story[-1].chunks]
+        shares.append(sum(bool(MOVE.fullmatch(chunk)) for chunk in chunks) / len(chunks))
+    assert shares[1] > shares[0] + 0.1 or shares == [1.0, 1.0]
+
+
 def test_unknown_tasks_are_refused():
     with pytest.raises(ConfigError, match="give 1, 2, 3, 4 or 5"):
         BabiSimulator(6)
+    with pytest.raises(ConfigError, match="moves=0; give at least 1"):
+        BabiSimulator(3, moves=0)

@@ -59,9 +59,11 @@ class BabiSimulator:
     Args:
         task: 1, 2 or 3 (supporting facts), 4 (two-argument relations) or 5 (three-argument
             relations).
+        moves: How much more often people move than in the files: with 3, things are carried
+            further, and the question is more often about a place that was left long ago.
 
     Raises:
-        ConfigError: If there is no such task.
+        ConfigError: If there is no such task, or nobody would move.
 
     Example:
         >>> sample = BabiSimulator(task=2).sample(np.random.default_rng(3))
@@ -73,10 +75,13 @@ class BabiSimulator:
 
     QUESTIONS_PER_STORY = 5
 
-    def __init__(self, task: int) -> None:
+    def __init__(self, task: int, moves: int = 1) -> None:
         if task not in (1, 2, 3, 4, 5):
             raise ConfigError(f"task={task!r} is not simulated; give 1, 2, 3, 4 or 5.")
+        if moves < 1:
+            raise ConfigError(f"moves={moves!r}; give at least 1, which is as in the files.")
         self.task = task
+        self._moves = moves
 
     def story(self, rng: np.random.Generator) -> list[SupportSample]:
         """All five questions of one new story (task 4: one), each with the statements above it."""
@@ -93,7 +98,7 @@ class BabiSimulator:
         if self.task == 4:
             chunks, question = _directions(rng)
             return [_sample(f"{name}/1", chunks, question)]
-        world = _World(self.task, rng)
+        world = _World(self.task, rng, self._moves)
         samples: list[SupportSample] = []
         while len(samples) < questions:
             world.act()
@@ -111,9 +116,11 @@ def _sample(name: str, statements: Sequence[str], question: _Question) -> Suppor
 class _World:
     """Where everybody and everything is, and what a listener was told of it."""
 
-    def __init__(self, task: int, rng: np.random.Generator) -> None:
+    def __init__(self, task: int, rng: np.random.Generator, moves: int) -> None:
         self._rng = rng
         self._task = task
+        extra = ("move",) * (_ACTIONS[task].count("move") * (moves - 1))
+        self._actions = _ACTIONS[task] + extra
         people = GIVERS if task == 5 else PEOPLE
         self._position = {person: self._pick(PLACES) for person in people}
         self._lies_in: dict[str, str | None] = {thing: self._pick(PLACES) for thing in OBJECTS}
@@ -139,7 +146,7 @@ class _World:
         """Somebody does something possible, and it is told."""
         actions = {"move": self._move, "take": self._take, "drop": self._drop, "give": self._give}
         person = self._pick(tuple(self._position))
-        while not actions[self._pick(_ACTIONS[self._task])](person):
+        while not actions[self._pick(self._actions)](person):
             person = self._pick(tuple(self._position))
 
     def ask(self) -> _Question | None:

@@ -55,6 +55,8 @@ class SourceConfig:
         background_sentences: For these two: take that many sentences of the books, evenly
             spread, so that they recur and `refresh_every` saves time; ``None``: all.
         sentences: For ``babilong``: least and greatest number of chunks of a document.
+        moves: For ``simulated``: how much more often people move than in bAbI's files, which
+            makes the ways longer that a question asks for.
         tokens: For ``ruler``: least and greatest number of tokens of a text.
         words: For ``ruler``'s needles: a file with a word a line.
         questions: For ``ruler:qa_1`` a file of SQuAD's shape, for ``ruler:qa_2`` of HotpotQA's.
@@ -70,6 +72,7 @@ class SourceConfig:
     background: str | None = None
     background_sentences: int | None = None
     sentences: tuple[int, int] = (60, 90)
+    moves: int = 1
     tokens: tuple[int, int] = (2000, 4000)
     words: str | None = None
     questions: str | None = None
@@ -96,7 +99,7 @@ class SourceConfig:
                 background = thinned(background, self.background_sentences)
             if self.format == "ruler":
                 return self._ruler(background)
-            return BabiLong(stories(self.file), background, self.sentences)
+            return BabiLong(stories(self.file, self.moves), background, self.sentences)
         if self.format == "linked":
             return LinkedPassages(read_passages(self.file))
         return _READERS[self.format](self.file)
@@ -116,8 +119,12 @@ class SourceConfig:
         return Ruler(task, self.tokens, background, words=words, questions=questions)
 
 
-def stories(name: str) -> SampleSource:
+def stories(name: str, moves: int = 1) -> SampleSource:
     """BAbI's stories: of a file, or without end where the name is ``simulated:1`` and so on.
+
+    Args:
+        name: A file, or ``simulated:`` and a task.
+        moves: How much more often people move in a simulated story.
 
     Raises:
         DatasetError: If the file cannot be read, or there is no such task.
@@ -127,7 +134,7 @@ def stories(name: str) -> SampleSource:
     task = name.removeprefix(_SIMULATED)
     if not task.isdecimal():
         raise DatasetError(f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5.")
-    return BabiSimulator(int(task))
+    return BabiSimulator(int(task), moves)
 
 
 def looked_at(source: SampleSource) -> Sequence[SupportSample]:
