@@ -23,6 +23,10 @@ OPPOSITE = {"east": "west", "west": "east", "north": "south", "south": "north"}
 # How often an action is tried, as measured in the en-10k files; what is impossible is drawn again.
 _ACTIONS = {1: ("move",), 2: ("move", "take", "drop"), 3: ("move", "take", "drop")}
 _ACTIONS[5] = (*_ACTIONS[2] * 2, *("give",) * 7)
+_ACTIONS[14] = _ACTIONS[3]
+TASKS = (1, 2, 3, 4, 5, 14)
+# Actions between two questions; there are more where most questions can be answered.
+_ACTS = {14: 10}
 _ADD_THERE = 0.2
 # Nobody is asked about what was last told more statements ago than this.
 _MEMORY = 5
@@ -54,11 +58,13 @@ class BabiSimulator:
     """Draws questions on new stories in the language of bAbI's en-10k files.
 
     Same verbs, names, places, objects and sentence frames; every answer and support is derived
-    as in those files, and only questions that the story so far answers are asked.
+    as in those files, and only questions that the story so far answers are asked. Task 14 asks
+    where somebody was before a place, on stories of task 3, whose order needs no time words: an
+    encoder learns there to look for the place that a question names, which task 3 seldom teaches.
 
     Args:
-        task: 1, 2 or 3 (supporting facts), 4 (two-argument relations) or 5 (three-argument
-            relations).
+        task: 1, 2 or 3 (supporting facts), 4 (two-argument relations), 5 (three-argument
+            relations) or 14 (time reasoning, told in order).
         moves: How much more often people move than in the files: with 3, things are carried
             further, and the question is more often about a place that was left long ago.
 
@@ -76,8 +82,8 @@ class BabiSimulator:
     QUESTIONS_PER_STORY = 5
 
     def __init__(self, task: int, moves: int = 1) -> None:
-        if task not in (1, 2, 3, 4, 5):
-            raise ConfigError(f"task={task!r} is not simulated; give 1, 2, 3, 4 or 5.")
+        if task not in TASKS:
+            raise ConfigError(f"task={task!r} is not simulated; give 1, 2, 3, 4, 5 or 14.")
         if moves < 1:
             raise ConfigError(f"moves={moves!r}; give at least 1, which is as in the files.")
         self.task = task
@@ -101,8 +107,8 @@ class BabiSimulator:
         world = _World(self.task, rng, self._moves)
         samples: list[SupportSample] = []
         while len(samples) < questions:
-            world.act()
-            world.act()
+            for _ in range(_ACTS.get(self.task, 2)):
+                world.act()
             asked = world.ask()
             if asked is not None:
                 samples.append(_sample(f"{name}/{len(samples) + 1}", world.statements, asked))
@@ -130,6 +136,7 @@ class _World:
             2: self._where_is_thing,
             3: self._where_was_thing,
             5: self._who_gave_what,
+            14: self._where_was_person,
         }
         # What was told.
         self.statements: list[str] = []
@@ -137,6 +144,7 @@ class _World:
         self._last_event: dict[str, int] = {}
         self._left_at: dict[str, _Spot] = {}
         self._path: dict[str, list[_Spot]] = {}  # of a thing, since it was last taken
+        self._visits: dict[str, list[_Spot]] = {person: [] for person in people}
         self._last_gift: _Gift | None = None
 
     def _pick(self, options: Sequence[T]) -> T:
@@ -167,6 +175,7 @@ class _World:
         self._position[person] = place
         spot = _Spot(place, self._tell(f"{person} {self._pick(MOVES)} the {place}."))
         self._told_position[person] = spot
+        self._visits[person].append(spot)
         for thing in self._things_of(person):
             self._path[thing].append(spot)
         return True
@@ -238,11 +247,18 @@ class _World:
         answers = []
         for thing, event in self._last_event.items():
             path = self._path[thing] if self._recent(event) else []
-            # Of several visits to a place, the question means the last.
-            for visit in {spot.place: i for i, spot in enumerate(path) if i}.values():
-                before, after = path[visit - 1], path[visit]
+            for before, after in _last_visits(path):
                 text = f"Where was the {thing} before the {after.place}?"
                 support = (event, after.statement, before.statement)
+                answers.append(_Question(text, before.place, support))
+        return self._pick(answers) if answers else None
+
+    def _where_was_person(self) -> _Question | None:
+        answers = []
+        for person, path in self._visits.items():
+            for before, after in _last_visits(path):
+                text = f"Where was {person} before the {after.place}?"
+                support = (after.statement, before.statement)
                 answers.append(_Question(text, before.place, support))
         return self._pick(answers) if answers else None
 
@@ -263,6 +279,12 @@ class _World:
             )
         )
         return _Question(text, answer, (statement,))
+
+
+def _last_visits(path: Sequence[_Spot]) -> list[tuple[_Spot, _Spot]]:
+    """The last visit to each place of a way, after the visit before it."""
+    last = {spot.place: i for i, spot in enumerate(path) if i}
+    return [(path[visit - 1], path[visit]) for visit in last.values()]
 
 
 def _directions(rng: np.random.Generator) -> tuple[list[str], _Question]:

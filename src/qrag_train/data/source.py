@@ -44,8 +44,8 @@ class SourceConfig:
 
     Attributes:
         file: The file with the questions; for ``babilong`` also ``simulated:2``, which makes up
-            stories of bAbI's task 2 without end (tasks 1 to 5); for ``ruler`` a task, such as
-            ``ruler:niah_multikey_1``, made without end.
+            stories of bAbI's task 2 without end (tasks 1 to 5 and 14); for ``ruler`` a task, such
+            as ``ruler:niah_multikey_1``, made without end.
         format: Its kind: ``jsonl`` (a document per question), ``corpus`` (questions on the chunks
             of ``corpus``), ``babilong`` (a bAbI file, hidden in ``background``), ``ruler``, or the
             official files of ``hotpotqa``, ``musique``, ``2wiki`` or ``squad``; ``linked`` makes
@@ -133,7 +133,9 @@ def stories(name: str, moves: int = 1) -> SampleSource:
         return read_babi(name)
     task = name.removeprefix(_SIMULATED)
     if not task.isdecimal():
-        raise DatasetError(f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5.")
+        raise DatasetError(
+            f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5 or {_SIMULATED}14."
+        )
     return BabiSimulator(int(task), moves)
 
 
