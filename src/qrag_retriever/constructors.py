@@ -62,7 +62,7 @@ class Constructors:
             metadatas: One mapping a chunk, what filters look at.
             ids: One id a chunk; left out, they are made from the texts.
             model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
-                ``None``: all-MiniLM-L6-v2.
+                ``None``: multihop-en.
             dtype: How the index stores embeddings: ``"float32"``, ``"bfloat16"``, ``"float16"`` or
                 ``"int8"``.
             show_progress: Show a progress bar while the chunks are embedded.

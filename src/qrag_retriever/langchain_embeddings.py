@@ -22,7 +22,7 @@ class QRAGEmbeddings(Embeddings):
 
     Args:
         model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
-            ``None``: all-MiniLM-L6-v2.
+            ``None``: multihop-en.
 
     Raises:
         ModelFormatError: If the model cannot be loaded.

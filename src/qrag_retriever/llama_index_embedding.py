@@ -24,7 +24,7 @@ class QRAGEmbedding(BaseEmbedding):
 
     Args:
         model: A `QRAGModel`, or folder or hub name of one, or of any embedder to use untrained;
-            ``None``: all-MiniLM-L6-v2.
+            ``None``: multihop-en.
         **settings: Settings of LlamaIndex's ``BaseEmbedding``, such as ``embed_batch_size``.
 
     Raises:

@@ -23,7 +23,7 @@ class QRAGNodePostprocessor(BaseNodePostprocessor):
 
     Args:
         model: A `QRAGModel` with ``positions="none"``, or folder or hub name of one, or of any
-            embedder to use untrained; ``None``: all-MiniLM-L6-v2.
+            embedder to use untrained; ``None``: multihop-en.
         **settings: ``k``, the number of nodes to select, by default what the model was trained for;
             ``q_threshold``: stop at the first step whose best Q lies below it, by default the
             model's.

@@ -380,7 +380,7 @@ def resolve_model(model: QRAGModel | str | Path | None) -> QRAGModel:
 
     Args:
         model: A model; folder or hub name of a Q-RAG model, or of an embedder to use untrained;
-            ``None``: all-MiniLM-L6-v2, untrained.
+            ``None``: multihop-en, which comes with the package.
 
     Raises:
         InvalidInputError: If it is something else.
@@ -389,7 +389,7 @@ def resolve_model(model: QRAGModel | str | Path | None) -> QRAGModel:
     if isinstance(model, QRAGModel):
         return model
     if model is None:
-        return QRAGModel.from_encoder()
+        model = model_files.default_model()
     if not isinstance(model, (str, Path)):
         raise InvalidInputError(
             f"A model is a QRAGModel, a folder or a hub name, not {type(model).__name__}; for an "

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "qrag_config.json"
 
-# Models that come with the package, in compact form.
+# The model that a retriever takes if none is named: one of those that come with the package.
+DEFAULT_MODEL = "multihop-en"
+# Those models, in compact form.
 _PACKAGED = Path(__file__).with_name("models")
 
 _CODE = {".py", ".pyc", ".so", ".dll"}
@@ -154,6 +156,11 @@ def packaged(name: str | Path) -> Path | None:
     folder = _PACKAGED / name
     here = Path(name).expanduser().is_dir()
     return folder if len(Path(name).parts) == 1 and folder.is_dir() and not here else None
+
+
+def default_model() -> Path:
+    """The folder of the model that a retriever takes if none is named."""
+    return _PACKAGED / DEFAULT_MODEL
 
 
 def is_qrag_model(path: str | Path) -> bool:

@@ -200,7 +200,7 @@ class Selector:
 
     Args:
         model: See `SecondStage`; or folder or hub name of one, or of any embedder to use untrained;
-            ``None``: all-MiniLM-L6-v2.
+            ``None``: multihop-en.
         **settings: ``k`` (by default what the model was trained for) and ``q_threshold`` (by
             default the model's).
 

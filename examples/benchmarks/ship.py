@@ -1,0 +1,102 @@
+"""Make a trained run a model of the package: calibrated, in compact form, with its log.
+
+    python examples/benchmarks/ship.py runs/multihop_en multihop-en --keep-em 0.01
+
+The threshold is chosen on the run's own validation questions, by the compact model, whose weights
+are a little coarser. Writes the model to src/qrag_retriever/models and the training's config, log
+and curves to examples/benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from qrag_retriever import QRAGModel, SearchOptions, compact
+from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
+from qrag_train.data import FixedSamples, SupportSample
+from qrag_train.data.source import SourceConfig
+from qrag_train.evaluation import search_samples
+
+ROOT = Path(__file__).parents[2]
+MODELS = ROOT / "src" / "qrag_retriever" / "models"
+LOGS = Path(__file__).parent / "results" / "models"
+_MADE = 200  # questions of a source that makes them up
+
+
+def main() -> None:
+    options = parse()
+    with tempfile.TemporaryDirectory() as place:
+        plain, small = Path(place, options.name), Path(place, "compact")
+        shutil.copytree(options.run / "model", plain)
+        model = pack(plain, small)
+        chosen = calibrated(model, questions(options.run), options.keep_em)
+        write_threshold(plain, chosen, model.config.max_steps)
+        pack(plain, small)
+        target = MODELS / options.name
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(small, target)
+    keep_log(options.run, LOGS / options.name)
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
+    print(f"{options.name}: {size:.1f} MB, {chosen}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of qrag-train fit")
+    parser.add_argument("name", help="name of the model in the package")
+    parser.add_argument(
+        "--keep-em",
+        type=float,
+        help="Fact-EM that stopping early may cost; left out: the best Fact-F1 is chosen",
+    )
+    return parser.parse_args()
+
+
+def pack(plain: Path, small: Path) -> QRAGModel:
+    """Write the compact form anew and load it."""
+    shutil.rmtree(small, ignore_errors=True)
+    small.mkdir()
+    compact.pack(plain, small)
+    return QRAGModel.from_pretrained(small, device="cpu")
+
+
+def questions(run: Path) -> list[SupportSample]:
+    """The validation questions of a run, all of a file, some of what is made up."""
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    found: list[SupportSample] = []
+    for values in config["data"]["val"]:
+        source = SourceConfig(**values).open()
+        found += source if isinstance(source, Sequence) else FixedSamples(source, _MADE, seed=0)
+    return found
+
+
+def calibrated(
+    model: QRAGModel, samples: Sequence[SupportSample], keep_em: float | None
+) -> Calibration:
+    """The threshold, by the best Fact-F1 or by the Fact-EM that remains."""
+    beams = search_samples(model, samples, SearchOptions(model.config.max_steps, runners_up=0))
+    supports = [sample.support for sample in samples]
+    if keep_em is None:
+        return choose_threshold(beams, supports)
+    whole = judge_thresholds(beams, supports).fact_em[-1]
+    return choose_threshold(beams, supports, target_em=float(whole) - keep_em)
+
+
+def keep_log(run: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "curves.png"):
+        shutil.copy(run / name, target)
+    # a run that was resumed has a log of each part
+    parts = sorted(run.glob("logs/*/metrics.csv"), key=lambda file: file.stat().st_mtime)
+    for number, part in enumerate(parts):
+        shutil.copy(part, target / f"metrics_{number}.csv")
+
+
+if __name__ == "__main__":
+    main()
