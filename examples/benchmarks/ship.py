@@ -1,6 +1,8 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
-    python examples/benchmarks/ship.py runs/multihop_en multihop-en --keep-em 0.01
+    python examples/benchmarks/ship.py runs/multihop_en multihop-en --keep-em 0.01 \
+        --set max_chunk_tokens=160 max_chunk_tokens_in_state=112 max_state_tokens=512
+    python examples/benchmarks/ship.py runs/babilong babilong
 
 The threshold is chosen on the run's own validation questions, by the compact model, whose weights
 are a little coarser. Writes the model to src/qrag_retriever/models and the training's config, log
@@ -17,7 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from qrag_retriever import QRAGModel, SearchOptions, compact
+from qrag_retriever import QRAGConfig, QRAGModel, SearchOptions, compact
+from qrag_retriever.model_files import CONFIG_FILE
 from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
 from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
@@ -34,6 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         plain, small = Path(place, options.name), Path(place, "compact")
         shutil.copytree(options.run / "model", plain)
+        change(plain / CONFIG_FILE, dict(options.set))
         model = pack(plain, small)
         chosen = calibrated(model, questions(options.run), options.keep_em)
         write_threshold(plain, chosen, model.config.max_steps)
@@ -55,7 +59,26 @@ def parse() -> argparse.Namespace:
         type=float,
         help="Fact-EM that stopping early may cost; left out: the best Fact-F1 is chosen",
     )
+    parser.add_argument(
+        "--set",
+        nargs="*",
+        default=[],
+        type=setting,
+        metavar="NAME=NUMBER",
+        help="settings of the model other than in training, such as max_chunk_tokens=160",
+    )
     return parser.parse_args()
+
+
+def setting(text: str) -> tuple[str, int]:
+    name, _, value = text.partition("=")
+    return name, int(value)
+
+
+def change(file: Path, values: dict[str, int]) -> None:
+    """Change settings of a model folder."""
+    config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
+    file.write_text(config.replace(**values).to_json(), encoding="utf-8")
 
 
 def pack(plain: Path, small: Path) -> QRAGModel:
