@@ -1,7 +1,7 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
     python examples/benchmarks/ship.py runs/multihop_en multihop-en --keep-em 0.01 \
-        --set max_chunk_tokens=160 max_chunk_tokens_in_state=112 max_state_tokens=512
+        --set max_chunk_tokens=112 max_chunk_tokens_in_state=80 max_state_tokens=400
     python examples/benchmarks/ship.py runs/babilong babilong
 
 The threshold is chosen on the run's own validation questions, by the compact model, whose weights
@@ -12,6 +12,7 @@ and curves to examples/benchmarks/results.
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -113,8 +114,11 @@ def calibrated(
 
 def keep_log(run: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.yaml", "curves.png"):
-        shutil.copy(run / name, target)
+    config = (run / "config.yaml").read_text(encoding="utf-8")
+    # where it ran is nobody's business
+    config = re.sub(r"(?m)^output_dir: .*$", f"output_dir: runs/{run.name}", config)
+    (target / "config.yaml").write_text(config, encoding="utf-8")
+    shutil.copy(run / "curves.png", target)
     # a run that was resumed has a log of each part
     parts = sorted(run.glob("logs/*/metrics.csv"), key=lambda file: file.stat().st_mtime)
     for number, part in enumerate(parts):
