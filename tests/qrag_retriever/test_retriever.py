@@ -32,7 +32,7 @@ from llama_index.core.schema import IndexNode, MetadataMode, TextNode
 from llama_index_helpers import instrumented
 
 import qrag_retriever
-from qrag_retriever import QRAGRetriever, langchain, llama_index, offline
+from qrag_retriever import QRAGModel, QRAGRetriever, langchain, llama_index
 from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
 
@@ -261,8 +261,7 @@ def test_storage_under_both_names(tmp_path):
         assert of_nodes(loaded.retrieve(QUERY)) == of_documents(retriever.invoke(QUERY))
 
 
-@pytest.mark.skipif(not offline.is_installed(), reason="needs the extra 'offline'")
-def test_without_a_model_it_is_minilm():
+def test_without_a_model_it_is_that_of_the_package():
     retriever = QRAGRetriever.from_texts(TEXTS, k=2)
-    assert retriever.model.dimension == 384
+    assert retriever.model.fingerprint == QRAGModel.from_pretrained("multihop-en").fingerprint
     assert "football" in retriever.invoke("football")[0].page_content
