@@ -82,5 +82,5 @@ def test_stories_may_be_made_up(tmp_path: Path) -> None:
     assert len(sample.chunks) == 60
     assert sample.question.startswith("Where is the")
     assert len(sample.support) == 2
-    with pytest.raises(DatasetError, match="simulated:1 to 5, or 14"):
+    with pytest.raises(DatasetError, match="simulated:1 to simulated:5 or simulated:14"):
         SourceConfig("simulated:two", "babilong", background=str(tmp_path)).open()
