@@ -18,7 +18,7 @@ from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
 
-from book import QUESTION, read_chunks
+from book import MODEL, QUESTION, read_chunks
 from qrag_retriever.langchain import QRAGRetriever
 
 PROMPT = ChatPromptTemplate.from_template(
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--base-url", help="address of the server, for models of your own")
     arguments = parser.parse_args()
 
-    retriever = QRAGRetriever.from_texts(read_chunks(), k=4, show_progress=True)
+    retriever = QRAGRetriever.from_texts(read_chunks(), model=MODEL, k=4, show_progress=True)
     chain = (
         {"passages": retriever | join, "question": RunnablePassthrough()}
         | PROMPT

@@ -20,7 +20,7 @@ from llama_index.core.llms import LLM, MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import TextNode
 
-from book import QUESTION, read_chunks
+from book import MODEL, QUESTION, read_chunks
 from qrag_retriever.llama_index import QRAGRetriever, QRAGStepEvent
 
 
@@ -48,7 +48,9 @@ def main() -> None:
         )
         for text in read_chunks()
     ]
-    retriever = QRAGRetriever.from_defaults(nodes=nodes, similarity_top_k=4, show_progress=True)
+    retriever = QRAGRetriever.from_defaults(
+        nodes=nodes, model=MODEL, similarity_top_k=4, show_progress=True
+    )
     llm = language_model(arguments.llm, arguments.base_url)
     engine = RetrieverQueryEngine.from_args(retriever, llm=llm)
     response = engine.query(arguments.question)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from book import QUESTION, read_chunks
+from book import MODEL, QUESTION, read_chunks
 from qrag_retriever import QRAGRetriever
 
 
@@ -22,7 +22,9 @@ def main() -> None:
     )
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--steps", type=int, default=4, help="retrieval budget k")
-    parser.add_argument("--model", help="a Q-RAG model or any embedder: folder or hub name")
+    parser.add_argument(
+        "--model", default=MODEL, help="a Q-RAG model or any embedder: folder or hub name"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/treasure_island"))
     parser.add_argument("--plot", type=Path, help="draw Q over the book to this file")
     arguments = parser.parse_args()

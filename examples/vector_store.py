@@ -15,7 +15,7 @@ from pathlib import Path
 from langchain_qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient, models
 
-from book import QUESTION, read_chunks
+from book import MODEL, QUESTION, read_chunks
 from qrag_retriever import QRAGEmbeddings
 from qrag_retriever.langchain import QRAGRetriever
 
@@ -28,7 +28,9 @@ def main() -> None:
     )
     parser.add_argument("--question", default=QUESTION)
     parser.add_argument("--steps", type=int, default=4, help="retrieval budget k")
-    parser.add_argument("--model", help="a Q-RAG model or any embedder: folder or hub name")
+    parser.add_argument(
+        "--model", default=MODEL, help="a Q-RAG model or any embedder: folder or hub name"
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/qdrant"))
     arguments = parser.parse_args()
 

@@ -43,6 +43,7 @@ def test_the_default_follows_a_question_from_passage_to_passage() -> None:
     assert [pick.index for pick in retriever.search(question, k=2).steps] == [0, 2]
 
 
+@pytest.mark.filterwarnings("ignore::qrag_retriever.errors.TruncationWarning")  # long sentences
 @pytest.mark.parametrize("task", [1, 2, 3, 5])
 def test_babilong_finds_the_facts_in_a_book(task: int) -> None:
     book = BackgroundText(split_sentences(BOOK.read_text(encoding="utf-8")))
