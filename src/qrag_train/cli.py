@@ -130,8 +130,8 @@ def read_questions(
     """Questions to judge a model on, by a name for each set.
 
     Args:
-        data: The file; for babilong also simulated:1 to simulated:5, for ruler a task such as
-            ruler:niah_multikey_1.
+        data: The file; for babilong also simulated:1 to simulated:5 or simulated:14, for ruler a
+            task such as ruler:niah_multikey_1.
         format: Its kind: jsonl (a document per question), corpus (questions on the chunks of
             --corpus), babilong (a bAbI file, hidden in --background), ruler, or the official files
             of hotpotqa, musique, 2wiki or squad.
