@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub import HfApi, file_exists, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Transformer
@@ -168,12 +173,13 @@ def is_qrag_model(path: str | Path) -> bool:
     folder = packaged(path) or Path(path).expanduser()
     if folder.is_dir():
         return (folder / CONFIG_FILE).is_file()
+    if str(path) == offline.DEFAULT_ENCODER:
+        return False  # a plain embedder, whether there is a hub to ask or not
     try:
-        return isinstance(try_to_load_from_cache(str(path), CONFIG_FILE), str) or file_exists(
-            str(path), CONFIG_FILE
-        )
-    except (HfHubHTTPError, HFValidationError, OSError):
+        hf_hub_download(str(path), CONFIG_FILE)
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError):
         return False  # what is wrong with the name, loading it will tell
+    return True
 
 
 def load(

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
+from qrag_retriever import model_files, offline
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import (
     ConfigError,
@@ -124,6 +126,17 @@ def test_resolve_model(tiny_model: QRAGModel, tiny_encoder: Path, tmp_path: Path
         resolve_model(3)  # type: ignore[arg-type]
     with pytest.raises(ModelFormatError, match=r"load it with QRAGModel\.from_pretrained"):
         fresh(folder)
+
+
+def test_resolve_model_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(model_files, "hf_hub_download", unreachable)
+    assert not model_files.is_qrag_model("someone/some-model")
+    # the embedder of the extra `offline` is known to be one: nothing is asked
+    monkeypatch.setattr(model_files, "hf_hub_download", pytest.fail)
+    assert resolve_model(offline.DEFAULT_ENCODER).dimension == 384
 
 
 # --- inputs
