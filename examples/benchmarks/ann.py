@@ -16,8 +16,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from machine import report
-from scoring import take_turns
+from machine import parse_run, report, take_turns
 
 from qrag_retriever.ann import AnnIndex, AnnKind
 from qrag_retriever.positions import PositionScheme
@@ -30,8 +29,6 @@ _AT_ONCE = 50_000
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     random = np.random.default_rng(options.seed)
     if options.embeddings:
         vectors = np.load(options.embeddings).astype(np.float32)
@@ -68,11 +65,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--kinds", nargs="+", default=["hnsw", "ivfpq"], choices=kinds)
     parser.add_argument("--types", nargs="+", default=["float32"], choices=get_args(StorageType))
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    return parser.parse_args()
+    return parse_run(parser, repetitions=5)
 
 
 def make(

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import machine, report
-from scoring import take_turns
+from machine import machine, parse_run, report, take_turns
 from torch import Tensor
 
 from qrag_retriever.positions import PositionScheme
@@ -33,8 +31,6 @@ _ANGLES = 1000
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     rows = []
     for dimension in options.dimensions:
         for chunks in options.chunks:
@@ -50,11 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, nargs="+", default=[1_000, 10_000, 100_000, 400_000])
     parser.add_argument("--dimensions", type=int, nargs="+", default=[384, 768])
     parser.add_argument("--retrieved", type=int, default=3, help="chunks found before the step")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    return parser.parse_args()
+    return parse_run(parser, repetitions=5)
 
 
 def compare(chunks: int, dimension: int, options: argparse.Namespace) -> dict[str, Any]:

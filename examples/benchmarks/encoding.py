@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from machine import report
-from scoring import take_turns
+from machine import parse_run, report, take_turns
 
 from qrag_retriever import ChunkIndex, QRAGModel
 from qrag_retriever.model_files import load_embedder
@@ -27,8 +25,6 @@ SENTENCES = (1, 1, 2, 4, 8)  # of a passage of mixed length
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     embedder = load_embedder(options.model, trust_remote_code=False)
     model = QRAGModel.from_encoder(options.model, device=str(embedder.device), scale=1.0)
     rows = [
@@ -45,11 +41,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="an embedder; default: the offline one")
     parser.add_argument("--texts", type=int, default=1200)
     parser.add_argument("--devices", nargs="+", help="of the index; default: the model's alone")
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    return parser.parse_args()
+    return parse_run(parser, repetitions=5)
 
 
 def even(count: int, seed: int) -> list[str]:

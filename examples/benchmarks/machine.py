@@ -1,18 +1,55 @@
-"""What figures depend on, and the file they are kept in; shared by the benchmarks."""
+"""What figures depend on, how they are measured, and the file they are kept in; shared."""
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import json
 import os
 import platform
 import re
+import statistics
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def parse_run(
+    parser: argparse.ArgumentParser, repetitions: int | None = None
+) -> argparse.Namespace:
+    """Add the options that measurements share, read the command line and set the threads.
+
+    Args:
+        parser: With the script's own options.
+        repetitions: Default of ``--repetitions``; ``None``: there is no such option.
+    """
+    if repetitions is not None:
+        parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def take_turns(calls: dict[Any, Callable[[], object]], repetitions: int) -> dict[Any, float]:
+    """Median seconds of each call; a round calls each once, the first round does not count."""
+    seconds: dict[Any, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def machine() -> dict[str, str | int]:

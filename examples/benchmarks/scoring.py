@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import re
-import statistics
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
 import torch
-from machine import report
+from machine import parse_run, report, take_turns
 
 from qrag_retriever.positions import PositionScheme
 from qrag_retriever.quantized import QuantizedRows
@@ -57,8 +55,6 @@ def main() -> None:
     """Measure, print a table, and write the figures to a file if asked to."""
     options = parse()
     torch.manual_seed(options.seed)
-    if options.threads:
-        torch.set_num_threads(options.threads)
     matrix = torch.randn(options.chunks, options.dimension)
     stored = {name: StoredVectors.of(matrix.numpy(), name).tensor() for name in options.types}
     cases = [
@@ -105,11 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--positions", nargs="+", default=list(SCHEMES), choices=list(SCHEMES))
     parser.add_argument("--states", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--retrieved", type=int, nargs="+", default=list(range(7)))
-    parser.add_argument("--repetitions", type=int, default=11)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    return parser.parse_args()
+    return parse_run(parser, repetitions=11)
 
 
 def step(case: Case, matrix: Rows, seed: int) -> Callable[[], torch.Tensor]:
@@ -128,17 +120,6 @@ def size(matrix: Rows) -> int:
     if isinstance(matrix, QuantizedRows):
         return matrix.values.nbytes + matrix.scales.nbytes
     return matrix.nbytes
-
-
-def take_turns(calls: dict[Any, Callable[[], torch.Tensor]], repetitions: int) -> dict[Any, float]:
-    """Median seconds of each call; a round calls each once, the first round does not count."""
-    seconds: dict[Any, list[float]] = {name: [] for name in calls}
-    for _ in range(repetitions + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
 
 
 def peak(call: Callable[[], torch.Tensor], whole: int) -> float | None:

@@ -13,13 +13,10 @@ import argparse
 import asyncio
 import contextlib
 import zlib
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from machine import report
-from scoring import take_turns
+from machine import parse_run, report, take_turns
 
 from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever
 
@@ -35,8 +32,6 @@ POSITIONS = {
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     rows = [
         row
         for positions in options.positions
@@ -60,11 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--positions", nargs="+", default=list(POSITIONS), choices=list(POSITIONS))
     parser.add_argument("--types", nargs="+", default=["float32", "int8"])
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    return parser.parse_args()
+    return parse_run(parser, repetitions=5)
 
 
 def make(

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import torch
-from machine import report
+from machine import parse_run, report
 
 from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever
 from qrag_retriever.model import resolve_model
@@ -32,8 +31,6 @@ from qrag_train.data import BabiSimulator, BackgroundText, SupportSample
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     model = resolve_model(options.model)
     built = options.folder / "built.json"
     if not built.exists():
@@ -62,10 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", nargs="+", help="that share the embedding")
     parser.add_argument("--task", type=int, default=1, help="of bAbI")
     parser.add_argument("--questions", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    return parser.parse_args()
+    return parse_run(parser)
 
 
 def build(model: QRAGModel, options: argparse.Namespace) -> dict[str, Any]:
