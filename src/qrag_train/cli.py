@@ -38,7 +38,8 @@ def evaluate(
     Args:
         model: Folder or hub name of a Q-RAG model, or of an embedder, which is then judged as it
             is.
-        data: File with questions and their support.
+        data: File with questions and their support; also simulated:3 (babilong) or a task of
+            ruler, such as ruler:niah_multikey_1.
         k: Budget: number of chunks retrieved for a question; left out: the model's own.
         q_threshold: Also judge searches that stop below this Q; left out: the model's own.
         beams: Number of trajectories followed at once; 1: greedy.
@@ -71,7 +72,8 @@ def calibrate(
 
     Args:
         model: Folder of a Q-RAG model.
-        data: File with validation questions and their support.
+        data: File with validation questions and their support; also simulated:3 (babilong) or a
+            task of ruler, such as ruler:niah_multikey_1.
         target_em: Choose the fewest steps that reach this Fact-EM; left out: the best Fact-F1.
         k: Budget of a search, which becomes the model's; left out: the model's own.
         source: What kind of file it is.
@@ -121,6 +123,7 @@ def read_questions(
     corpus: str | None = None,
     background: str | None = None,
     sentences: list[int] | None = None,
+    moves: int = 1,
     tokens: list[int] | None = None,
     words: str | None = None,
     questions: str | None = None,
@@ -138,6 +141,7 @@ def read_questions(
         corpus: For corpus: the JSONL file with the chunks.
         background: For babilong and ruler: a folder of books as plain text.
         sentences: For babilong: numbers of chunks of a document, such as [50,200,1200].
+        moves: For simulated stories: how much more often people move than in bAbI's files.
         tokens: For ruler: lengths of the text in tokens, such as [4096,32768].
         words: For ruler's needles: a file with a word a line.
         questions: For ruler:qa_1 a file of SQuAD's shape, for ruler:qa_2 of HotpotQA's.
@@ -151,6 +155,7 @@ def read_questions(
     common: dict[str, Any] = {"format": format, "corpus": corpus, "background": background}
     if format == "babilong":
         unit, lengths = "sentences", sentences or [60]
+        common["moves"] = moves
     elif format == "ruler":
         unit, lengths = "tokens", tokens or [4096]
         common |= {"words": words, "questions": questions}

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from tiny import write_questions
 
 from qrag_retriever.errors import DatasetError
+from qrag_train.cli import read_questions
 from qrag_train.data import BackgroundText
 from qrag_train.data.datamodule import SupportDataModule
+from qrag_train.data.sample import FixedSamples
 from qrag_train.data.source import SourceConfig, thinned
 
 
@@ -84,3 +87,13 @@ def test_stories_may_be_made_up(tmp_path: Path) -> None:
     assert len(sample.support) == 2
     with pytest.raises(DatasetError, match="simulated:1 to simulated:5 or simulated:14"):
         SourceConfig("simulated:two", "babilong", background=str(tmp_path)).open()
+
+
+def test_questions_of_simulated_stories(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It rained all day long. The sea was grey and cold.\n" * 20)
+    options: dict[str, Any] = {"background": str(tmp_path), "sentences": [90]}
+    (far,) = read_questions("simulated:3", "babilong", moves=3, samples=3, **options).values()
+    settings: dict[str, Any] = {"background": str(tmp_path), "sentences": (90, 90)}
+    for moves, same in ((3, True), (1, False)):
+        source = SourceConfig("simulated:3", "babilong", moves=moves, **settings).open()
+        assert (list(FixedSamples(source, 3, seed=0)) == list(far)) is same
