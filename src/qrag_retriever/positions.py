@@ -177,11 +177,16 @@ class _Intervals(NamedTuple):
 
 
 def _even_cuts(intervals: _Intervals, width: float) -> NDArray[np.int64]:
-    """Cut each interval into equal parts, as few as keep ρ from changing by more than ``width``."""
+    """Cut each interval into parts, as few as keep ρ from changing by more than ``width``.
+
+    All are of equal length but the last, which may be shorter.
+    """
     rise = (intervals.length - 1) * intervals.slope
     parts = np.clip(np.ceil(rise / width), 1, np.maximum(intervals.length, 1)).astype(np.int64)
     j, place = _ragged(parts)
-    cuts: NDArray[np.int64] = intervals.start[j] + -(-place * intervals.length[j] // parts[j])
+    offset = place * -(-intervals.length[j] // parts[j])
+    # a part less may do
+    cuts: NDArray[np.int64] = (intervals.start[j] + offset)[offset < intervals.length[j]]
     return cuts
 
 

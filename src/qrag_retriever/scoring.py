@@ -168,9 +168,11 @@ def _products(block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
     """The product of each row with the vectors of its piece, ``[G, S, P, d]``: ``[L, P, S]``."""
     states, nodes = vectors.shape[1:3]
     columns = vectors.transpose(1, 2).flatten(1, 2)
-    pieces = zip(itertools.pairwise(edges.tolist()), _two_at_least(columns), strict=True)
+    columns = _two_at_least(columns)
+    products = vectors.new_empty(len(block), columns.shape[1])
     # piece by piece: what was just converted is still in the cache when it is multiplied
-    products = torch.cat([block[first:last].float() @ c.T for (first, last), c in pieces])
+    for (first, last), c in zip(itertools.pairwise(edges.tolist()), columns, strict=True):
+        torch.mm(block[first:last].float(), c.T, out=products[first:last])
     return torch.unflatten(products[:, : nodes * states], 1, (nodes, states))
 
 
@@ -226,11 +228,20 @@ class _Pieces(NamedTuple):
     def t(self, some: slice, like: Tensor) -> Tensor:
         """Where in its run each chunk of some pieces lies, for each state: ``[L, S]``."""
         bounds = self.bounds[some.start : some.stop + 1]
-        piece = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-        place = torch.from_numpy(np.arange(bounds[0], bounds[-1]) - bounds[piece]).to(like)
         start, slope = (torch.from_numpy(x[some]).to(like) for x in (self.start, self.slope))
-        index = torch.from_numpy(piece).to(like.device)
-        return torch.addcmul(start[index], place[:, None], slope[index])
+        lengths = np.diff(bounds)
+        place = torch.arange(int(lengths.max()), device=like.device)[:, None].to(like)
+        t = like.new_empty(int(lengths.sum()), self.run.shape[1])
+        # pieces of equal length, of which one state's runs are, at once
+        ends = np.flatnonzero(np.diff(lengths, append=-1)) + 1
+        rows = torch.split(t, np.add.reduceat(lengths, [0, *ends[:-1]]).tolist())
+        for some_rows, (first, last) in zip(rows, itertools.pairwise([0, *ends]), strict=True):
+            length = int(lengths[first])
+            equal = some_rows.view(last - first, length, -1)
+            torch.addcmul(
+                start[first:last, None], place[:length], slope[first:last, None], out=equal
+            )
+        return t
 
 
 def _cut(runs: Sequence[Runs], blocks: NDArray[np.int64]) -> _Pieces:
