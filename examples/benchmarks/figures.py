@@ -83,6 +83,7 @@ def q_values(tables: Mapping[str, Sequence[Mapping[str, Any]]], json: Path) -> P
         axis.set_title(name.replace("; ", "\n"), fontsize="medium")
         axis.set(xlabel="step", ylabel="mean Q of the chunk taken")
         axis.set_xticks([row["step"] for row in rows])
+        axis.set_ylim(bottom=min(0.0, axis.get_ylim()[0]))
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize="small")
     return save(figure, json, "q_values")

@@ -97,3 +97,11 @@ def test_questions_of_simulated_stories(tmp_path: Path) -> None:
     for moves, same in ((3, True), (1, False)):
         source = SourceConfig("simulated:3", "babilong", moves=moves, **settings).open()
         assert (list(FixedSamples(source, 3, seed=0)) == list(far)) is same
+
+
+def test_a_limit_takes_the_first_questions(files: list[str]) -> None:
+    every = list(SourceConfig(files[0]).open())
+    assert list(SourceConfig(files[0], limit=7).open()) == every[:7]
+    assert list(SourceConfig(files[0], limit=99).open()) == every
+    with pytest.raises(DatasetError, match="give 1 or more"):
+        SourceConfig(files[0], limit=0)

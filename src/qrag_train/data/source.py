@@ -15,7 +15,7 @@ from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.linked import LinkedPassages, read_passages
 from qrag_train.data.musique import read_musique
 from qrag_train.data.ruler import Ruler, read_words
-from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample
+from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
 from qrag_train.data.simulator import BabiSimulator
 from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki
@@ -61,9 +61,10 @@ class SourceConfig:
         words: For ``ruler``'s needles: a file with a word a line.
         questions: For ``ruler:qa_1`` a file of SQuAD's shape, for ``ruler:qa_2`` of HotpotQA's.
         weight: Share of the source in a mixture; ``None``: by its number of questions.
+        limit: Take only so many questions, the first of the file; ``None``: all.
 
     Raises:
-        DatasetError: If a setting that the format needs is missing.
+        DatasetError: If a setting that the format needs is missing, or ``limit`` is not positive.
     """
 
     file: str
@@ -77,6 +78,7 @@ class SourceConfig:
     words: str | None = None
     questions: str | None = None
     weight: float | None = None
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         for format_, name in _NEEDED:
@@ -84,6 +86,10 @@ class SourceConfig:
                 raise DatasetError(
                     f"format={format_!r} needs {name!r}; give it beside {self.file}."
                 )
+        if self.limit is not None and self.limit < 1:
+            raise DatasetError(
+                f"limit={self.limit} of {self.file} is not allowed; give 1 or more, or none."
+            )
 
     def open(self) -> SampleSource:
         """Read the files.
@@ -92,17 +98,19 @@ class SourceConfig:
             DatasetError: If a file is missing or not as described; says where.
         """
         if self.format == "corpus":
-            return read_corpus_jsonl(str(self.corpus), self.file)
+            return read_corpus_jsonl(str(self.corpus), self.file)[: self.limit]
         if self.format in ("babilong", "ruler"):
             background = BackgroundText.from_folder(str(self.background))
             if self.background_sentences is not None:
                 background = thinned(background, self.background_sentences)
             if self.format == "ruler":
                 return self._ruler(background)
-            return BabiLong(stories(self.file, self.moves), background, self.sentences)
+            told = stories(self.file, self.moves)
+            told = told[: self.limit] if isinstance(told, SampleList) else told
+            return BabiLong(told, background, self.sentences)
         if self.format == "linked":
             return LinkedPassages(read_passages(self.file))
-        return _READERS[self.format](self.file)
+        return _READERS[self.format](self.file)[: self.limit]
 
     @property
     def is_file(self) -> bool:

@@ -1,0 +1,113 @@
+"""What more annotated questions are worth: the same training with shares of them.
+
+    python examples/benchmarks/learning_curve.py --config examples/configs/multihop_en.yaml \
+        --shares 0.1 0.3 1 --updates 200 --json FILE
+
+Trains one model for each share of each file's questions with the same number of updates, and
+judges it on the config's validation files with the model's own budget. Sources that make up
+questions are left out, so that the annotated ones are all that differs. A share whose folder is
+there already is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import figures
+import yaml
+from machine import report
+
+from qrag_retriever import QRAGModel, SearchOptions
+from qrag_train.data.sample import SampleList
+from qrag_train.data.source import SourceConfig
+from qrag_train.evaluation import evaluate
+from qrag_train.training import run
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def main() -> None:
+    options = parse()
+    data = yaml.safe_load(options.config.read_text(encoding="utf-8"))["data"]
+    files = {name: count for name, count in map(counted, data["train"]) if count}
+    valid = [SourceConfig(**source) for source in data["val"]]
+    rows: list[dict[str, Any]] = []
+    for share in options.shares:
+        used = {name: max(1, round(share * count)) for name, count in files.items()}
+        folder = options.folder / f"{share:g}"
+        if not (folder / "curves.png").exists():
+            limited = [
+                {**source, "limit": used[source["file"]]}
+                for source in data["train"]
+                if counted(source)[1]
+            ]
+            train(folder, limited, options)
+        rows.append({"share": share, "questions": sum(used.values()), **judge(folder, valid)})
+        print(*(f"{key}: {value}" for key, value in rows[-1].items()), sep="  ", flush=True)
+        report(
+            options.json,
+            options.seed,
+            config=options.config.name,
+            updates=options.updates,
+            rows=rows,
+        )
+    draw(rows, [source.format for source in valid], options.json)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.3, 1.0])
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning_curve"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True, help="file for the figures")
+    return parser.parse_args()
+
+
+def counted(source: Mapping[str, Any]) -> tuple[str, int]:
+    """A source's file, and how many annotated questions it has: none if it makes them up."""
+    opened = SourceConfig(**source).open()
+    return source["file"], len(opened) if isinstance(opened, SampleList) else 0
+
+
+def train(folder: Path, sources: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
+    given = {
+        "config": options.config,
+        "output_dir": folder,
+        "seed_everything": options.seed,
+        "data.train": json.dumps(sources),
+        "trainer.max_steps": options.updates,
+        "trainer.val_check_interval": max(1, options.updates // 5),
+    }
+    run(["fit", *(f"--{name}={value}" for name, value in given.items())])
+
+
+def judge(folder: Path, valid: Sequence[SourceConfig]) -> dict[str, float]:
+    """Fact-EM on each validation file."""
+    model = QRAGModel.from_pretrained(folder / "model")
+    found = {}
+    for source in valid:
+        samples = source.open()
+        assert isinstance(samples, SampleList)
+        judged = evaluate(model, samples, SearchOptions(model.config.max_steps))
+        found[source.format] = round(judged["fact_em"], 4)
+    return found
+
+
+def draw(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+    figure, (axis,) = figures.panels(1)
+    for name in names:
+        axis.plot([row["questions"] for row in rows], [row[name] for row in rows], "o-", label=name)
+    axis.set(xscale="log", xlabel="annotated questions", ylabel="Fact-EM", ylim=(0, 1.03))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    figures.save(figure, file, "curve")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import learning_curve
+import yaml
+from running import run, save_model, write_hotpotqa
+
+from qrag_retriever import QRAGModel, SearchOptions
+from qrag_train.data import read_hotpotqa
+from qrag_train.evaluation import evaluate
+
+
+def test_shares_of_the_annotated_questions(tmp_path: Path) -> None:
+    file = write_hotpotqa(tmp_path)
+    questions = {"file": str(file), "format": "hotpotqa"}
+    config = tmp_path / "config.yaml"
+    settings = {
+        "model": {"encoder": str(save_model(tmp_path)), "pqn": {"environments": 2}},
+        "data": {"train": [questions | {"weight": 1}], "val": [questions]},
+        "trainer": {"accelerator": "cpu"},
+    }
+    config.write_text(yaml.safe_dump(settings))
+    folder, out = tmp_path / "runs" / "curve", tmp_path / "curve.json"
+    arguments = ("--config", config, "--folder", folder, "--updates", 2, "--json", out)
+    run(learning_curve, *arguments, "--shares", 0.34, 1)
+    few, all_ = json.loads(out.read_text())["rows"]
+    assert (few["questions"], all_["questions"]) == (1, 3)
+    for name, row in (("0.34", few), ("1", all_)):
+        model = QRAGModel.from_pretrained(folder / name / "model")
+        expected = evaluate(model, read_hotpotqa(file), SearchOptions(2))["fact_em"]
+        assert row["hotpotqa"] == round(expected, 4)
+        kept = yaml.safe_load((folder / name / "config.yaml").read_text())
+        assert [source["limit"] for source in kept["data"]["train"]] == [row["questions"]]
+    assert out.with_name("curve_curve.png").exists()
