@@ -33,18 +33,15 @@ if TYPE_CHECKING:
 def main() -> None:
     options = parse()
     data = yaml.safe_load(options.config.read_text(encoding="utf-8"))["data"]
-    files = {name: count for name, count in map(counted, data["train"]) if count}
+    annotated = [(source, count) for source in data["train"] if (count := questions(source))]
+    files = {source["file"]: count for source, count in annotated}
     valid = [SourceConfig(**source) for source in data["val"]]
     rows: list[dict[str, Any]] = []
     for share in options.shares:
         used = {name: max(1, round(share * count)) for name, count in files.items()}
         folder = options.folder / f"{share:g}"
         if not (folder / "curves.png").exists():
-            limited = [
-                {**source, "limit": used[source["file"]]}
-                for source in data["train"]
-                if counted(source)[1]
-            ]
+            limited = [{**source, "limit": used[source["file"]]} for source, _ in annotated]
             train(folder, limited, options)
         rows.append({"share": share, "questions": sum(used.values()), **judge(folder, valid)})
         print(*(f"{key}: {value}" for key, value in rows[-1].items()), sep="  ", flush=True)
@@ -69,10 +66,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def counted(source: Mapping[str, Any]) -> tuple[str, int]:
-    """A source's file, and how many annotated questions it has: none if it makes them up."""
+def questions(source: Mapping[str, Any]) -> int:
+    """How many annotated questions a source has: none if it makes them up."""
     opened = SourceConfig(**source).open()
-    return source["file"], len(opened) if isinstance(opened, SampleList) else 0
+    return len(opened) if isinstance(opened, SampleList) else 0
 
 
 def train(folder: Path, sources: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
