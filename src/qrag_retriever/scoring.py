@@ -38,7 +38,6 @@ _BLOCK = 1 << 20  # numbers in a temporary: 4 MB in float32
 _GROUP = 32  # states that share a pass over the corpus
 _LONG = 500  # average rows of a narrow run above which fewer vectors are worth more runs
 _SHORT = 16  # average rows of a piece below which a rotated state for each row costs less
-_THREADED = 1000  # average rows of a piece above which several threads are worth their start
 _SPARSE = 4  # rows read for each row wanted, above which to gather the wanted ones costs less
 
 
@@ -169,8 +168,7 @@ def _products(block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
     """The product of each row with the vectors of its piece, ``[G, S, P, d]``: ``[L, P, S]``."""
     states, nodes = vectors.shape[1:3]
     columns = vectors.transpose(1, 2).flatten(1, 2)
-    if len(block) > _THREADED * len(columns):
-        columns = _two_at_least(columns)
+    columns = _two_at_least(columns)
     products = vectors.new_empty(len(block), columns.shape[1])
     # piece by piece: what was just converted is still in the cache when it is multiplied
     for (first, last), c in zip(itertools.pairwise(edges.tolist()), columns, strict=True):
