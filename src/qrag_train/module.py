@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Tokens of a padded batch with gradients on a GPU; on a CPU smaller ones are faster.
 _GPU_BATCH_TOKENS = 32768
 # Longest states for which attention keeps its whole matrix for the backward pass.
-_MOST_EAGER_TOKENS = 256
+_MOST_EAGER_TOKENS = 512
 _LOGGED_EPISODES = 200
 
 
