@@ -105,12 +105,14 @@ def score(
     corpus = _Corpus(actions, rows)
     states = states.to(actions.device, torch.float32)
     scores = states.new_empty(len(states), corpus.n)
-    for first in range(0, len(states) if corpus.n else 0, _GROUP):
-        some = slice(first, first + _GROUP)
-        if scheme.mode == "absolute":
-            _score_absolute(scores[some], states[some], corpus, base)
-        else:
-            _score_by_runs(scores[some], states[some], corpus, retrieved[some], scheme, base)
+    # where training computes in half precision, validation still scores in float32
+    with torch.autocast(states.device.type, enabled=False):
+        for first in range(0, len(states) if corpus.n else 0, _GROUP):
+            some = slice(first, first + _GROUP)
+            if scheme.mode == "absolute":
+                _score_absolute(scores[some], states[some], corpus, base)
+            else:
+                _score_by_runs(scores[some], states[some], corpus, retrieved[some], scheme, base)
     return scores
 
 

@@ -178,6 +178,17 @@ def test_other_precisions_are_multiplied_in_float32(dtype, scheme):
     torch.testing.assert_close(q, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("n", [40, 3000])
+@pytest.mark.parametrize("scheme", [CONTINUOUS, TRUNCATED, *map(PositionScheme, MODES)])
+def test_inside_autocast_products_are_of_float32(scheme, n):
+    torch.manual_seed(0)
+    states, actions = torch.randn(2, 16), torch.randn(n, 16)
+    expected = score(states, actions, [[5], [1, 2]], scheme)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = score(states, actions, [[5], [1, 2]], scheme)
+    assert torch.equal(q, expected)
+
+
 @pytest.mark.parametrize("scheme", [CONTINUOUS, TRUNCATED, PositionScheme("absolute")])
 def test_memory_mapped_corpus(tmp_path, scheme):
     actions = np.random.default_rng(0).normal(size=(2000, 12)).astype(np.float32)
