@@ -94,7 +94,14 @@ class PositionScheme:
         """ρ of one chunk, without those of all others; arguments and errors as `positions`."""
         return float(self._at(self._intervals(n, retrieved), np.array([chunk]))[0])
 
-    def runs(self, n: int, retrieved: Sequence[int] = (), width: float = 1.0) -> Runs:
+    def runs(
+        self,
+        n: int,
+        retrieved: Sequence[int] = (),
+        width: float = 1.0,
+        *,
+        aligned: bool = False,
+    ) -> Runs:
         """Cut the chunks into runs over which ρ is constant, or else linear and nearly so.
 
         Takes time and memory in proportion to the number of runs, not of chunks: in relative mode
@@ -104,6 +111,8 @@ class PositionScheme:
             n: Number of chunks.
             retrieved: Numbers of the retrieved chunks, in any order.
             width: Upper limit of ``last - first`` of a run where ρ is not truncated.
+            aligned: Where ρ is not truncated, let runs begin at multiples of powers of two, as
+                those of other lists of retrieved chunks do; up to twice as many.
 
         Returns:
             The runs; ``first == last`` everywhere if ``truncate`` is set or ``mode`` is ``"none"``.
@@ -118,7 +127,10 @@ class PositionScheme:
             (array([     0, 100000, 200000]), array([0., 1., 2.]), array([10., 13., 16.]))
         """
         intervals = self._intervals(n, retrieved)
-        cuts = self._level_cuts(intervals) if self.truncate else _even_cuts(intervals, width)
+        if self.truncate:
+            cuts = self._level_cuts(intervals)
+        else:
+            cuts = (_aligned_cuts if aligned else _even_cuts)(intervals, width)
         bounds = np.unique(np.concatenate([intervals.start, cuts, [n]]))
         first, last = (self._at(intervals, chunks) for chunks in (bounds[:-1], bounds[1:] - 1))
         return Runs(bounds, first, last)
@@ -187,6 +199,18 @@ def _even_cuts(intervals: _Intervals, width: float) -> NDArray[np.int64]:
     offset = place * -(-intervals.length[j] // parts[j])
     # a part less may do
     cuts: NDArray[np.int64] = (intervals.start[j] + offset)[offset < intervals.length[j]]
+    return cuts
+
+
+def _aligned_cuts(intervals: _Intervals, width: float) -> NDArray[np.int64]:
+    """Cut each interval at the multiples of the largest power of two that keeps to ``width``."""
+    with np.errstate(divide="ignore"):  # ρ that does not rise needs no cut
+        longest = np.minimum(width / intervals.slope + 1, np.maximum(intervals.length, 1))
+    step = np.exp2(np.floor(np.log2(longest))).astype(np.int64)
+    begin = intervals.start // step + 1  # the first multiple inside
+    end = -(-(intervals.start + intervals.length) // step)
+    j, place = _ragged(np.maximum(end - begin, 0))
+    cuts: NDArray[np.int64] = (begin[j] + place) * step[j]
     return cuts
 
 

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     Rows = Tensor | QuantizedRows
 
 # Interpolated in P Chebyshev nodes on a run of ρ-width w, Q is off by at most 2 (w/4)^P / P! of
-# |s||a|, reached only if all components turn at the highest frequency: 7.6e-7 and 6.8e-7 here.
+# |s||a|, reached only if all components turn at the highest frequency: 7.6e-7 and 6.8e-7 here, and
+# 1.8e-5 for rows of 8 bits, which are off by far more themselves.
 _NARROW = (0.22, 4)  # fewer vectors
 _WIDE = (1.0, 6)  # fewer runs
+_QUANTIZED = (0.15, 3)  # fewer vectors still
 
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _BLOCK = 1 << 20  # numbers in a temporary: 4 MB in float32
@@ -125,12 +127,15 @@ def _score_by_runs(
     base: float,
 ) -> None:
     """Choose the runs, and whether they are long enough for products of their own."""
-    width, nodes = _WIDE
+    width, nodes = _QUANTIZED if corpus.in_integers else _NARROW
+    intervals = sum(1 + len(chunks) for chunks in retrieved)
     if scheme.mode == "none" or scheme.truncate:
         nodes = 1
-    elif corpus.n > _LONG * sum(1 + len(chunks) for chunks in retrieved) * scheme.span / _NARROW[0]:
-        width, nodes = _NARROW
-    runs = [scheme.runs(corpus.n, chunks, width) for chunks in retrieved]
+    elif corpus.n <= _LONG * intervals * scheme.span / width:
+        width, nodes = _WIDE
+    # pieces are few where the runs of several states begin at the same chunks
+    several = len(retrieved) > 1 and nodes > 1
+    runs = [scheme.runs(corpus.n, chunks, width, aligned=several) for chunks in retrieved]
     pieces = _cut(runs, np.arange(0, corpus.n, corpus.block_rows(len(states) * nodes)))
     short = _SHORT if nodes == 1 else 3 * _SHORT
     if scheme.mode == "relative" and scores.numel() < short * len(pieces.run):

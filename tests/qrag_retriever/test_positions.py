@@ -77,10 +77,10 @@ def test_released_values():
             np.testing.assert_array_equal(cut, arrays[f"{number}/pos_int"][t])
 
 
-@given(corpora(), schemes(), st.floats(0.05, 3))
-def test_runs_describe_every_chunk(corpus, scheme, width):
+@given(corpora(), schemes(), st.floats(0.05, 3), st.booleans())
+def test_runs_describe_every_chunk(corpus, scheme, width, aligned):
     n, retrieved = corpus
-    bounds, first, last = scheme.runs(n, retrieved, width)
+    bounds, first, last = scheme.runs(n, retrieved, width, aligned=aligned)
     expected = scheme.positions(n, retrieved)
     assert [scheme.position(n, retrieved, chunk) for chunk in range(n)] == expected.tolist()
     assert bounds[0] == 0
@@ -94,6 +94,21 @@ def test_runs_describe_every_chunk(corpus, scheme, width):
     else:
         np.testing.assert_allclose(linear, expected, rtol=0, atol=1e-12 * max(1, expected.max()))
         assert (last - first <= width * (1 + 1e-9)).all()
+
+
+@given(corpora(), st.floats(0.05, 3))
+def test_aligned_runs_begin_where_others_do(corpus, width):
+    n, retrieved = corpus
+    scheme = PositionScheme("relative")
+    bounds, first, last = scheme.runs(n, retrieved, width, aligned=True)
+    at_most = 2 * len(scheme.runs(n, retrieved, width).first) + len(retrieved) + 1
+    assert len(first) <= at_most
+    intervals = zip([0, *sorted(retrieved)], [*sorted(retrieved), n], strict=True)
+    for start, end in intervals:
+        inside = [bound for bound in bounds.tolist() if start < bound < end]
+        if inside:  # all multiples of one power of two
+            step = min(bound & -bound for bound in inside)
+            assert inside == list(range(start // step * step + step, end, step))
 
 
 @given(corpora(), schemes(), st.floats(0.05, 3))
