@@ -69,49 +69,50 @@ class QuantizedRows:
 
         Args:
             edges: Stretch ``g`` is the rows ``edges[g]`` up to ``edges[g + 1]``, ``[G + 1]``.
-            parts: P vectors of S states for each stretch, as `in_two_parts` gives them,
-                ``[G, S, 2, P, d]``.
-            steps: The steps that belong to them, ``[S]``.
+            parts: P vectors of S states for each stretch, as `in_parts` gives them,
+                ``[G, S, P + fine, d]``.
+            steps: The steps that belong to them, ``[S, P]``.
 
         Returns:
             float32 ``[M, P, S]``.
         """
-        stretches = zip(itertools.pairwise(edges.tolist()), parts.flatten(1, 3), strict=True)
+        stretches = zip(itertools.pairwise(edges.tolist()), parts.flatten(1, 2), strict=True)
         sums = torch.cat(
             [torch._int_mm(part, self.values[first:last].T) for (first, last), part in stretches],  # noqa: SLF001
             dim=1,
         )
-        high, low = torch.unflatten(sums.float(), 0, parts.shape[1:4]).unbind(1)
-        return (
-            low.add_(high, alpha=_PART)
-            .mul_(steps[:, None, None])
-            .mul_(self.scales)
-            .permute(2, 1, 0)
-        )
+        numbers = torch.unflatten(sums.float(), 0, parts.shape[1:3])
+        products, high = numbers.tensor_split([steps.shape[1]], dim=1)
+        products[:, : high.shape[1]].add_(high, alpha=_PART)
+        return products.mul_(steps[:, :, None]).mul_(self.scales).permute(2, 1, 0)
 
 
-def in_two_parts(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Vectors in 16 bits: ``step * (255 * high + low)`` with high and low from -127 to 127.
+def in_parts(vectors: Tensor, counts: Sequence[int], fine: int) -> tuple[Tensor, Tensor]:
+    """Vectors in 16 bits, ``step * (255 * high + low)``, or in 8; high and low from -127 to 127.
 
-    A product with them is off by about 1e-5 of the lengths of vector and row, much less than what
-    rows of 8 bits lost when they were quantised.
+    A product with one of 16 bits is off by about 1e-5 of the lengths of vector and row, much less
+    than what rows of 8 bits lost when they were quantised.
 
     Args:
         vectors: P vectors for each run of each state, one state's after the other's, ``[R, P, d]``.
         counts: Number of runs of each of the S states.
+        fine: How many of the P, the first ones, take 16 bits.
 
     Returns:
-        High and low, int8 ``[R, 2, P, d]``; and the step of each state, ``[S]``.
+        Low of all, then high of the fine ones, int8 ``[R, P + fine, d]``; and the step of each
+        state's vectors, ``[S, P]``.
     """
-    largest = torch.stack([of_state.abs().max() for of_state in torch.split(vectors, list(counts))])
-    steps = (largest / (_LARGEST * (_PART + 1))).clamp_(min=torch.finfo(torch.float32).tiny)
+    largest = torch.stack(
+        [of_state.abs().amax(dim=(0, 2)) for of_state in torch.split(vectors, list(counts))]
+    )
+    levels = largest.new_full((vectors.shape[1],), _LARGEST)
+    levels[:fine] *= _PART + 1
+    steps = (largest / levels).clamp_(min=torch.finfo(torch.float32).tiny)
     runs = torch.tensor(counts, device=steps.device)
-    whole = (vectors / steps.repeat_interleave(runs)[:, None, None]).round_()
-    high = (whole / _PART).round_()
-    parts = torch.empty(len(vectors), 2, *vectors.shape[1:], dtype=torch.int8, device=steps.device)
-    parts[:, 0] = high
-    parts[:, 1] = whole.sub_(high, alpha=_PART)
-    return parts, steps
+    low = (vectors / steps.repeat_interleave(runs, dim=0)[:, :, None]).round_()
+    high = (low[:, :fine] / _PART).round_()
+    low[:, :fine].sub_(high, alpha=_PART)
+    return torch.cat([low, high], dim=1).to(torch.int8), steps
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qrag_retriever.errors import InvalidInputError
-from qrag_retriever.quantized import QuantizedRows, in_two_parts, multiplies_integers
+from qrag_retriever.quantized import QuantizedRows, in_parts, multiplies_integers
 from qrag_retriever.rotary import phases, rotate, turn
 
 if TYPE_CHECKING:
@@ -152,8 +152,12 @@ def _score_by_piece(
 ) -> None:
     """One product per piece with the vectors of its runs, then one polynomial per chunk."""
     run = torch.from_numpy(pieces.run).to(scores.device)
-    columns = vectors.shape[1] * run.shape[1]
-    parts, steps = in_two_parts(vectors, counts) if corpus.in_integers else (None, None)
+    nodes = vectors.shape[1]
+    columns = nodes * run.shape[1]
+    parts, steps = None, None
+    if corpus.in_integers:
+        # on a narrow run the terms after the constant one are small
+        parts, steps = in_parts(vectors, counts, 1 if nodes == _QUANTIZED[1] else nodes)
     for some in pieces.groups(corpus.block_rows(columns), _BLOCK // (columns * vectors.shape[2])):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)

@@ -100,7 +100,7 @@ def test_runs_describe_every_chunk(corpus, scheme, width, aligned):
 def test_aligned_runs_begin_where_others_do(corpus, width):
     n, retrieved = corpus
     scheme = PositionScheme("relative")
-    bounds, first, last = scheme.runs(n, retrieved, width, aligned=True)
+    bounds, first, _ = scheme.runs(n, retrieved, width, aligned=True)
     at_most = 2 * len(scheme.runs(n, retrieved, width).first) + len(retrieved) + 1
     assert len(first) <= at_most
     intervals = zip([0, *sorted(retrieved)], [*sorted(retrieved), n], strict=True)

@@ -8,7 +8,7 @@ import torch
 
 from qrag_retriever import scoring
 from qrag_retriever.positions import PositionScheme
-from qrag_retriever.quantized import QuantizedRows, in_two_parts, multiplies_integers
+from qrag_retriever.quantized import QuantizedRows, in_parts, multiplies_integers
 from qrag_retriever.scoring import score
 
 
@@ -26,25 +26,41 @@ def rows(count: int, d: int) -> QuantizedRows:
     )
 
 
-def test_products_in_integers():
+@pytest.mark.parametrize("fine", [1, 2])
+def test_products_in_integers(fine):
     matrix, edges = rows(37, 16), np.array([0, 5, 6, 37])
     vectors = torch.randn(5, 2, 16)  # of two states, which have two and three runs
     vectors[2:] *= 1000
-    vectors[1, 0] = 0
+    vectors[:2, 0] = 0
     runs = torch.tensor([[0, 2], [1, 3], [1, 4]])  # in each stretch
-    parts, steps = in_two_parts(vectors, [2, 3])
+    parts, steps = in_parts(vectors, [2, 3], fine)
     found = matrix.products(edges, parts[runs], steps)
     assert found.shape == (37, 2, 2)
-    largest = [vectors[:2].abs().max(), vectors[2:].abs().max()]
+    largest = [of_state.abs().amax(dim=(0, 2)) for of_state in (vectors[:2], vectors[2:])]
     whole = matrix.values.double() * matrix.scales.double()[:, None]
     for row in range(37):
         stretch = int(np.searchsorted(edges, row, side="right")) - 1
         for node, state in ((0, 0), (0, 1), (1, 0), (1, 1)):
             vector = vectors[runs[stretch, state], node].double()
             error = abs(float(found[row, node, state]) - float(whole[row] @ vector))
-            of_16_bits = 2**-16 * largest[state] * whole[row].abs().sum()
+            of_bits = (2**-16 if node < fine else 2**-8) * largest[state][node]
+            of_bits *= whole[row].abs().sum()
             of_float32 = 1e-6 * vector.norm() * whole[row].norm()
-            assert error <= float(1.01 * of_16_bits + of_float32)
+            assert error <= float(1.01 * of_bits + of_float32)
+
+
+@pytest.mark.parametrize("retrieved", [[], [7, 30_000, 59_000]])
+def test_on_narrow_runs_terms_of_8_bits_lose_less_than_rows_of_8_bits(retrieved):
+    torch.manual_seed(0)
+    exact, state = torch.randn(60_000, 64), torch.randn(1, 64)
+    scales = exact.abs().amax(dim=1) / 127
+    matrix = QuantizedRows((exact / scales[:, None]).round().to(torch.int8), scales)
+    scheme = PositionScheme("relative", span=1.0, step=1.5)
+    of_rows, wanted = (score(state, a, [retrieved], scheme) for a in (matrix.float(), exact))
+    found = score(state, matrix, [retrieved], scheme)
+    lost = (of_rows - wanted).abs()
+    assert (found - of_rows).abs().mean() < 0.1 * lost.mean()
+    assert (found - of_rows).abs().max() < 0.2 * lost.max()
 
 
 @pytest.mark.parametrize(
