@@ -89,6 +89,10 @@ def build_supervised(**settings: Any) -> ValidatedTrainingModule:
     )
 
 
+# the command line wants another name for each
+build_supervised.__name__ = "build_supervised"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True)
