@@ -90,7 +90,7 @@ def build_supervised(**settings: Any) -> ValidatedTrainingModule:
 
 
 # the command line wants another name for each
-build_supervised.__name__ = "build_supervised"
+build_supervised.__qualname__ = "build_supervised"
 
 
 def main() -> None:

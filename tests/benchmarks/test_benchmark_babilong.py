@@ -128,3 +128,34 @@ def test_ablations_use_the_same_judge(tmp_path, monkeypatch):
     )
     (row,) = json.loads(file.read_text())["variants"]
     assert (row["variant"], row["figures"][0]["questions"]) == ("full", 3)
+
+
+def test_ablations_train_one_variant_after_the_other(tmp_path):
+    books = write_books(tmp_path)
+    stories = {
+        "file": "simulated:1",
+        "format": "babilong",
+        "background": str(books),
+        "sentences": [12, 16],
+    }
+    config = {
+        "model": {
+            "scratch": {"layers": 1, "dimension": 16, "heads": 2, "vocabulary": 200},
+            "positions": "relative",
+            "max_steps": 2,
+            "pqn": {"environments": 2, "random_transitions": 0},
+        },
+        "data": {"train": [stories], "val": [stories], "val_samples": 2},
+        "trainer": {"accelerator": "cpu"},
+    }
+    (tmp_path / "c.yaml").write_text(json.dumps(config), encoding="utf-8")
+    file = tmp_path / "a.json"
+    run(
+        *(ablations, "--config", tmp_path / "c.yaml", "--folder", tmp_path / "runs"),
+        *("--variants", "full", "supervised", "--updates", 2, "--background", books),
+        *("--questions", "simulated:1", "--lengths", 12, "--count", 3, "--json", file),
+    )
+    rows = json.loads(file.read_text())["variants"]
+    assert [row["variant"] for row in rows] == ["full", "supervised"]
+    for folder in ("full", "supervised"):
+        assert (tmp_path / "runs" / folder / "model" / "qrag_config.json").exists()
