@@ -43,8 +43,8 @@ CREATE TABLE chunks (
 _MOST_BYTES = 900_000_000  # SQLite takes 10**9 in a row, some of which it needs itself
 _AT_ONCE = 1000  # rows read or written by one query when there are many
 
-# Queries run under one lock. A fork waits for it: the child would never get a lock, ours or one
-# inside SQLite, that another thread held at that moment.
+# Whatever SQLite does, closing included, it does under one lock. A fork waits for it: the child would
+# never get a lock, ours or one inside SQLite, that another thread held at that moment.
 _LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -245,7 +245,7 @@ class StoredChunks(ChunkSequence):
         except sqlite3.Error as error:
             path.open("rb").close()  # the usual reasons are an OSError, which says more
             raise self._damaged(str(error)) from error
-        weakref.finalize(self, connection.close)
+        weakref.finalize(self, _close, connection)
         return connection
 
     def _connect_again(self) -> sqlite3.Connection:
@@ -275,7 +275,9 @@ def write_chunks(path: Path, records: Iterable[Record]) -> None:
     """
     rows = ((row, *record) for row, record in enumerate(records))
     try:
-        with contextlib.closing(_connect(path.absolute(), "nolock=1")) as connection:
+        with contextlib.ExitStack() as stack:
+            connection = _connect(path.absolute(), "nolock=1")
+            stack.callback(_close, connection)
             with _LOCK:
                 connection.executescript(_SCHEMA)
             while some := [*itertools.islice(rows, _AT_ONCE)]:
@@ -302,6 +304,11 @@ def _connect(path: Path, options: str) -> sqlite3.Connection:
     address = f"{path.as_uri()}?{options}"
     with _LOCK:
         return sqlite3.connect(address, uri=True, check_same_thread=False)
+
+
+def _close(connection: sqlite3.Connection) -> None:
+    with _LOCK:
+        connection.close()
 
 
 def _record(chunk: Chunk) -> Record:
