@@ -43,8 +43,8 @@ CREATE TABLE chunks (
 _MOST_BYTES = 900_000_000  # SQLite takes 10**9 in a row, some of which it needs itself
 _AT_ONCE = 1000  # rows read or written by one query when there are many
 
-# Whatever SQLite does, closing included, it does under one lock. A fork waits for it: the child would
-# never get a lock, ours or one inside SQLite, that another thread held at that moment.
+# Whatever SQLite does, closing included, it does under one lock. A fork waits for it: the child
+# would never get a lock, ours or one inside SQLite, that another thread held at that moment.
 _LOCK = threading.RLock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
