@@ -4,29 +4,26 @@
 
 Two sets of texts from a book: sentences of similar length, and passages of mixed length of which a
 third occurs twice. Both sides take turns, medians are compared, and the vectors must agree. With
-``--openvino`` (``pip install openvino``) the same batches also go through the encoder as OpenVINO
-compiles it, in float32, which shows whether a backend of that kind would be worth its dependency.
+``--openvino`` (extra ``openvino``) an index is also built by that backend, and single states go
+through both, as they do in the steps of a query.
 """
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from machine import parse_run, report, take_turns
 
 from qrag_retriever import ChunkIndex, QRAGModel
 from qrag_retriever.model_files import load_embedder
 from qrag_train.data import split_sentences
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
 BOOK = Path(__file__).parents[1] / "data" / "treasure_island.txt"
 SENTENCES = (1, 1, 2, 4, 8)  # of a passage of mixed length
+STATES = (0, 1, 3)  # chunks in a state whose time is taken
 
 
 def main() -> None:
@@ -38,15 +35,19 @@ def main() -> None:
         for name, texts in {"even": even, "mixed": mixed}.items()
         for texts in [texts(options.texts, options.seed)]
     ]
+    more = {}
+    if options.openvino:
+        compiled = with_openvino(options)
+        more["one_state"] = one_state(model, compiled, options.repetitions)
     if options.json:
-        report(options.json, options.seed, repetitions=options.repetitions, figures=rows)
+        report(options.json, options.seed, repetitions=options.repetitions, figures=rows, **more)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="an embedder; default: the offline one")
     parser.add_argument("--texts", type=int, default=1200)
-    parser.add_argument("--openvino", action="store_true", help="for an embedder with mean pooling")
+    parser.add_argument("--openvino", action="store_true", help="measure that backend as well")
     parser.add_argument("--devices", nargs="+", help="of the index; default: the model's alone")
     return parse_run(parser, repetitions=5)
 
@@ -75,8 +76,8 @@ def compare(
 ) -> dict[str, Any]:
     """Time both, and see that they agree."""
 
-    def build() -> ChunkIndex:
-        return ChunkIndex.from_texts(texts, model=model, devices=options.devices)
+    def build(by: QRAGModel = model) -> ChunkIndex:
+        return ChunkIndex.from_texts(texts, model=by, devices=options.devices)
 
     def plain() -> np.ndarray:
         vectors: np.ndarray = embedder.encode(texts, show_progress_bar=False)
@@ -84,12 +85,11 @@ def compare(
 
     calls = {"index": build, "plain": plain}
     if options.openvino:
-        compiled = with_openvino(model)
-        calls["openvino"] = lambda: compiled(texts)
+        compiled = with_openvino(options)
+        calls["openvino"] = lambda: build(compiled)
     expected = plain()
-    apart = float(np.abs(build().snapshot().embeddings - expected).max())
-    if options.openvino:
-        apart = max(apart, float(np.abs(compiled(texts) - expected).max()))
+    built = [call() for name, call in calls.items() if name != "plain"]
+    apart = max(float(np.abs(index.snapshot().embeddings - expected).max()) for index in built)
     if apart > 1e-3:
         raise SystemExit(f"{name}: the embeddings differ by {apart:.2g}")
     seconds = take_turns(calls, options.repetitions)
@@ -105,45 +105,39 @@ def compare(
     }
     if options.openvino:
         row["openvino_per_s"] = round(len(texts) / seconds["openvino"], 1)
+        row["openvino_times_faster"] = round(seconds["index"] / seconds["openvino"], 2)
     print(*(f"{key}: {value}" for key, value in row.items()), sep="  ")
     return row
 
 
-def with_openvino(model: QRAGModel) -> Callable[[list[str]], np.ndarray]:
-    """The action encoder as OpenVINO compiles it: texts to embeddings, in the index's batches."""
-    import openvino
+def with_openvino(options: argparse.Namespace) -> QRAGModel:
+    return QRAGModel.from_encoder(options.model, backend="openvino", scale=1.0)
 
-    encoder = model.action_encoder
 
-    class Pooled(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.transformer: Any = encoder.transformer.model
-
-        def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-            hidden = self.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
-            weights = mask[:, :, None].to(hidden.dtype)
-            return torch.nn.functional.normalize((hidden * weights).sum(1) / weights.sum(1))
-
-    example = torch.ones(2, 8, dtype=torch.long)
-    with torch.no_grad():
-        converted = openvino.convert_model(Pooled(), example_input=(example, example))
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(converted, "CPU", settings)
-
-    def encode(texts: list[str]) -> np.ndarray:
-        different = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        inputs = model.action_ids(list(different))
-        vectors = np.empty((len(inputs), encoder.dimension), dtype=np.float32)
-        for batch in encoder.batches(inputs):
-            rows = [torch.tensor(inputs[row]) for row in batch]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            lengths = torch.tensor([len(row) for row in rows])
-            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-            vectors[batch] = compiled((ids.numpy(), mask.numpy()))[0]
-        return vectors[[different[text] for text in texts]]
-
-    return encode
+def one_state(plain: QRAGModel, compiled: QRAGModel, repetitions: int) -> list[dict[str, Any]]:
+    """Milliseconds for one state, which is what a step of a query waits for."""
+    sentences = split_sentences(BOOK.read_text(encoding="utf-8"))
+    rows = []
+    for chunks in STATES:
+        states = [("Where was the treasure?", sentences[100 : 100 + chunks])]
+        seconds = take_turns(
+            {
+                "torch": lambda states=states: plain.encode_states(states),
+                "openvino": lambda states=states: compiled.encode_states(states),
+            },
+            4 * repetitions,
+        )
+        rows.append(
+            {
+                "chunks_in_state": chunks,
+                "tokens": len(plain.state_ids(states)[0]),
+                "torch_ms": round(1000 * seconds["torch"], 1),
+                "openvino_ms": round(1000 * seconds["openvino"], 1),
+                "times_faster": round(seconds["torch"] / seconds["openvino"], 2),
+            }
+        )
+        print(*(f"{key}: {value}" for key, value in rows[-1].items()), sep="  ")
+    return rows
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from qrag_retriever.compiled import CompiledTransformer
 from qrag_retriever.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from qrag_retriever.compiled import Backend
 
 TokenIds = Sequence[int]
 
@@ -52,6 +55,18 @@ class Encoder(nn.Module):
         self.scale = scale
         self._tokenizer_lock = threading.Lock()
         self.prefix, self.suffix = self._special_tokens()
+        self.use("torch")
+
+    def use(self, backend: Backend) -> None:
+        """Choose what runs the transformer where no gradients are wanted.
+
+        Args:
+            backend: ``"torch"``; or ``"openvino"``, with the weights as they are now. Errors as
+                `CompiledTransformer`.
+        """
+        self.backend = backend
+        openvino = backend == "openvino"
+        self._compiled = CompiledTransformer(self.transformer.model) if openvino else None
 
     @property
     def transformer(self) -> Transformer:
@@ -145,7 +160,12 @@ class Encoder(nn.Module):
             "input_ids": ids.to(self.device),
             "attention_mask": mask.to(self.device),
         }
-        for module in self.layers:
+        transformer, *others = self.layers
+        if self._compiled is not None and not torch.is_grad_enabled():
+            features["token_embeddings"] = self._compiled(ids, mask)
+        else:
+            features = transformer(features)
+        for module in others:
             features = module(features)
         embedding: Tensor = features["sentence_embedding"]
         return embedding * self.scale
@@ -154,8 +174,8 @@ class Encoder(nn.Module):
     def encode(
         self,
         inputs: Sequence[TokenIds],
-        *,
         batch_tokens: int | None = None,
+        *,
         show_progress: bool = False,
         unit: str = "text",
     ) -> Tensor:
@@ -239,11 +259,13 @@ class Encoder(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_tokenizer_lock"}
+        left_out = {"_tokenizer_lock", "_compiled"}
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._tokenizer_lock = threading.Lock()
+        self.use(self.backend)
 
 
 def with_pooling(

@@ -7,21 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
 from torch import nn
 
 from qrag_retriever import model_files
+from qrag_retriever.compiled import check_backend
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.encoder import Encoder, WarnOnce, is_normalized, with_pooling
 from qrag_retriever.errors import ConfigError, InvalidInputError, TruncationWarning
 from qrag_retriever.state import StateLayout, check_chunks, check_query
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
+    from qrag_retriever.compiled import Backend
     from qrag_retriever.positions import PositionMode
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -65,6 +67,7 @@ class QRAGModel(nn.Module):
         *,
         device: str | None = None,
         dtype: DType = "float32",
+        backend: Backend = "torch",
         pooling: str | None = None,
         normalize: bool | None = None,
         trust_remote_code: bool = False,
@@ -78,6 +81,7 @@ class QRAGModel(nn.Module):
             positions: How a chunk's place enters its Q-value, see `QRAGConfig`.
             device: Where to compute; ``None``: a GPU if there is one.
             dtype: Precision of the weights; embeddings always leave as float32.
+            backend: ``"openvino"`` (extra ``openvino``) embeds sooner on a CPU, in float32.
             pooling: ``"mean"``, ``"cls"`` or ``"lasttoken"``; ``None``: the embedder's own.
             normalize: Embeddings of length 1; ``None``: as the embedder does.
             trust_remote_code: Let the embedder's own code run.
@@ -105,7 +109,7 @@ class QRAGModel(nn.Module):
             "max_state_tokens": states.window,
         }
         settings = QRAGConfig.from_dict({**defaults, **config})
-        return cls(states, actions, settings).place(device, dtype)
+        return cls(states, actions, settings).place(device, dtype, backend)
 
     @classmethod
     def from_pretrained(
@@ -114,6 +118,7 @@ class QRAGModel(nn.Module):
         *,
         device: str | None = None,
         dtype: DType = "float32",
+        backend: Backend = "torch",
         revision: str | None = None,
         token: str | None = None,
         local_files_only: bool = False,
@@ -126,6 +131,7 @@ class QRAGModel(nn.Module):
                 or a hub name.
             device: Where to compute; ``None``: a GPU if there is one.
             dtype: Precision of the weights.
+            backend: ``"openvino"`` (extra ``openvino``) embeds sooner on a CPU, in float32.
             revision: Branch, tag or commit on the hub.
             token: Access token for the hub.
             local_files_only: Use only what was downloaded before.
@@ -138,7 +144,7 @@ class QRAGModel(nn.Module):
         folder = model_files.find(path, revision, token, local_files_only=local_files_only)
         config, states, actions = model_files.load(folder, trust_remote_code=trust_remote_code)
         model = cls(Encoder(states, config.scale), Encoder(actions, config.scale), config)
-        return model.place(device, dtype)
+        return model.place(device, dtype, backend)
 
     def save_pretrained(self, path: str | Path, *, compact: bool = False) -> Path:
         """Write the model to a folder, whole or not at all.
@@ -227,19 +233,26 @@ class QRAGModel(nn.Module):
             prompt=config.chunk_prompt, scale=config.scale, limit=self._chunk_limit
         )
 
-    def place(self, device: str | None = None, dtype: DType = "float32") -> QRAGModel:
+    def place(
+        self, device: str | None = None, dtype: DType = "float32", backend: Backend = "torch"
+    ) -> QRAGModel:
         """Move to a device and a precision; ``None`` stands for a GPU if there is one.
 
         Raises:
-            ConfigError: If the dtype is unknown.
+            ConfigError: If dtype or backend is unknown, or the backend cannot be used so.
+            MissingDependencyError: If OpenVINO is asked for and not installed.
         """
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype not in dtypes:
             raise ConfigError(f"dtype={dtype!r} is not known; choose one of {', '.join(dtypes)}.")
+        device = check_backend(backend, device, dtype)
         if dtypes[dtype] != next(self.parameters()).dtype:
             # an index outlives a change of precision, so its name is that of the full weights
             self._kept_fingerprint = self.fingerprint
-        return self.to(device=device or model_files.default_device(), dtype=dtypes[dtype])
+        self.to(device=device or model_files.default_device(), dtype=dtypes[dtype])
+        for encoder in (self.state_encoder, self.action_encoder):
+            encoder.use(backend)
+        return self
 
     def encode_states(
         self,
@@ -261,14 +274,8 @@ class QRAGModel(nn.Module):
         Raises:
             InvalidInputError: If a query is empty, or it or a chunk is not a text.
         """
-        if len(states) == 0:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        embeddings = self.state_encoder.encode(
-            self.state_ids(states),
-            batch_tokens=batch_tokens,
-            show_progress=show_progress,
-            unit="state",
-        )
+        encoder, ids = self.state_encoder, self.state_ids(states)
+        embeddings = encoder.encode(ids, batch_tokens, unit="state", show_progress=show_progress)
         return embeddings.cpu().numpy()
 
     def encode_actions(
@@ -291,14 +298,8 @@ class QRAGModel(nn.Module):
         Raises:
             InvalidInputError: If a chunk is not a text.
         """
-        if len(texts) == 0:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        embeddings = self.action_encoder.encode(
-            self.action_ids(texts),
-            batch_tokens=batch_tokens,
-            show_progress=show_progress,
-            unit="chunk",
-        )
+        encoder, ids = self.action_encoder, self.action_ids(texts)
+        embeddings = encoder.encode(ids, batch_tokens, unit="chunk", show_progress=show_progress)
         return embeddings.cpu().numpy()
 
     def state_ids(self, states: Sequence[State]) -> list[list[int]]:
@@ -342,9 +343,11 @@ class QRAGModel(nn.Module):
         return [[*encoder.prefix, *ids[:room], *encoder.suffix] for ids in tokens]
 
     def train(self, mode: bool = True) -> QRAGModel:
-        """Switch training on or off; training changes the weights and with them the name."""
+        """Switch training on or off; training changes the weights, so torch alone is used then."""
         if mode:
             self._kept_fingerprint = None
+            self.state_encoder.use("torch")
+            self.action_encoder.use("torch")
         return super().train(mode)
 
     @property
@@ -363,10 +366,8 @@ class QRAGModel(nn.Module):
                 f"Embeddings of {actions} dimensions cannot be rotated: positions="
                 f"{self.config.positions!r} needs a multiple of 4. Use positions='none'."
             )
-        for name, encoder in (
-            ("max_state_tokens", self.state_encoder),
-            ("max_chunk_tokens", self.action_encoder),
-        ):
+        limited = {"max_state_tokens": self.state_encoder, "max_chunk_tokens": self.action_encoder}
+        for name, encoder in limited.items():
             limit = getattr(self.config, name)
             if limit is not None and limit > encoder.window:
                 raise ConfigError(
@@ -395,6 +396,5 @@ def resolve_model(model: QRAGModel | str | Path | None) -> QRAGModel:
             f"A model is a QRAGModel, a folder or a hub name, not {type(model).__name__}; for an "
             "embedder of a framework give the folder or name it was loaded from."
         )
-    if model_files.is_qrag_model(model):
-        return QRAGModel.from_pretrained(model)
-    return QRAGModel.from_encoder(model)
+    trained = model_files.is_qrag_model(model)
+    return (QRAGModel.from_pretrained if trained else QRAGModel.from_encoder)(model)

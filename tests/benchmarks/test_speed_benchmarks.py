@@ -77,6 +77,17 @@ def test_encoding_compares_equal_vectors(tmp_path, embedder, monkeypatch):
         run(encoding, *small)
 
 
+@pytest.mark.filterwarnings("ignore::qrag_retriever.errors.TruncationWarning")
+def test_encoding_by_openvino(tmp_path, embedder):
+    pytest.importorskip("openvino")
+    file = tmp_path / "encoding.json"
+    small = ["--model", embedder, "--texts", 6, "--repetitions", 1, "--json", file]
+    run(encoding, *small, "--openvino")
+    written = json.loads(file.read_text())
+    assert all(row["openvino_per_s"] > 0 for row in written["figures"])
+    assert [row["chunks_in_state"] for row in written["one_state"]] == [0, 1, 3]
+
+
 def test_approximate_search(tmp_path):
     file = tmp_path / "ann.json"
     small = ["--chunks", 500, "--dimension", 16, "--queries", 30, "--repetitions", 1]

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from qrag_retriever import ChunkIndex, QRAGModel
+from qrag_retriever.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TEXTS = ["mary went there", "a", "", "john took the milk and moved to the office, then left it."]
+STATES = [("where is mary", ["mary went", "john took"]), ("who", [])]
+
+
+@pytest.fixture(scope="module")
+def openvino() -> Any:
+    return pytest.importorskip("openvino")
+
+
+def models(folder: Path) -> tuple[QRAGModel, QRAGModel]:
+    compiled = QRAGModel.from_encoder(folder, backend="openvino")
+    return QRAGModel.from_encoder(folder, device="cpu"), compiled
+
+
+@pytest.mark.parametrize("fixture", ["tiny_encoder", "tiny_xlm_roberta", "tiny_qwen3"])
+def test_embeddings_are_those_of_torch(
+    fixture: str, request: pytest.FixtureRequest, openvino: Any
+) -> None:
+    plain, compiled = models(request.getfixturevalue(fixture))
+    calls: list[tuple[int, ...]] = []
+    original = compiled.action_encoder._compiled
+
+    def counted(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(ids.shape))
+        assert original is not None
+        return original(ids, mask)
+
+    compiled.action_encoder._compiled = counted  # type: ignore[assignment]
+    np.testing.assert_allclose(
+        compiled.encode_actions(TEXTS), plain.encode_actions(TEXTS), atol=1e-5
+    )
+    assert calls  # or torch would have been compared with itself
+    np.testing.assert_allclose(
+        compiled.encode_states(STATES), plain.encode_states(STATES), atol=1e-5
+    )
+
+
+def test_threads_do_not_disturb_each_other(tiny_encoder: Path, openvino: Any) -> None:
+    plain, compiled = models(tiny_encoder)
+    texts = [" ".join(["mary", "john", "milk"][: 1 + n % 3] * (1 + n % 7)) for n in range(40)]
+    expected = [plain.encode_actions([text])[0] for text in texts]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: compiled.encode_actions([text])[0], texts))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_an_index_of_one_backend_serves_the_other(
+    tiny_encoder: Path, tmp_path: Path, openvino: Any
+) -> None:
+    plain, compiled = models(tiny_encoder)
+    assert compiled.fingerprint == plain.fingerprint
+    index = ChunkIndex.from_texts(["mary went there", "john took the milk"], model=compiled)
+    index.save(tmp_path / "index")
+    assert len(ChunkIndex.load(tmp_path / "index", model=plain)) == 2
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_use_it_too(again: Any, tiny_encoder: Path, openvino: Any) -> None:
+    plain, compiled = models(tiny_encoder)
+    copied = again(compiled)
+    assert copied.state_encoder.backend == "openvino"
+    assert copied.state_encoder._compiled is not compiled.state_encoder._compiled
+    np.testing.assert_allclose(copied.encode_states(STATES), plain.encode_states(STATES), atol=1e-5)
+
+
+def test_training_goes_back_to_torch(tiny_encoder: Path, openvino: Any) -> None:
+    plain, compiled = models(tiny_encoder)
+    for model in (plain, compiled):
+        model.train()
+        with torch.no_grad():
+            next(model.action_encoder.parameters()).mul_(-1.5)
+        model.eval()
+    np.testing.assert_array_equal(compiled.encode_actions(TEXTS), plain.encode_actions(TEXTS))
+
+
+def test_gradients_are_torchs(tiny_encoder: Path, openvino: Any) -> None:
+    _, compiled = models(tiny_encoder)
+    compiled.action_encoder([[2, 7, 3]]).sum().backward()
+    assert any(weight.grad is not None for weight in compiled.action_encoder.parameters())
+
+
+def test_an_encoder_that_comes_out_differently(
+    tiny_encoder: Path, openvino: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = openvino.convert_model
+
+    def spoilt(module: torch.nn.Module, **arguments: Any) -> Any:
+        other = copy.deepcopy(module)
+        with torch.no_grad():
+            next(other.parameters()).mul_(-1.5)
+        return convert(other, **arguments)
+
+    monkeypatch.setattr(openvino, "convert_model", spoilt)
+    with pytest.raises(ConfigError, match=r"off by .*leave out backend"):
+        QRAGModel.from_encoder(tiny_encoder, backend="openvino")
+
+
+def test_an_encoder_that_cannot_be_compiled(
+    tiny_encoder: Path, openvino: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(module: torch.nn.Module, **arguments: Any) -> Any:
+        raise RuntimeError("unsupported operation")
+
+    monkeypatch.setattr(openvino, "convert_model", fails)
+    with pytest.raises(ConfigError, match=r"unsupported operation.*leave out backend"):
+        QRAGModel.from_encoder(tiny_encoder, backend="openvino")
+
+
+def test_not_installed(tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match=r"qrag-retriever\[openvino\]"):
+        QRAGModel.from_encoder(tiny_encoder, backend="openvino")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "onnx"}, "'onnx' is not known; choose 'torch' or 'openvino'"),
+        ({"backend": "openvino", "device": "cuda:0"}, "on the CPU, not on 'cuda:0'"),
+        ({"backend": "openvino", "dtype": "bfloat16"}, "computes in float32"),
+    ],
+)
+def test_settings_that_do_not_fit(
+    settings: dict[str, str], message: str, tiny_encoder: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        QRAGModel.from_encoder(tiny_encoder, **settings)  # type: ignore[arg-type]
