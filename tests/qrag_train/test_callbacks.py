@@ -144,7 +144,7 @@ class Scores(lightning.Callback):
         trainer.callback_metrics.update(figures)
 
 
-def test_the_best_model_has_the_best_em_then_the_best_return(
+def test_the_best_model_has_the_best_return_then_the_best_em(
     module: ValidatedTrainingModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Spy(BestModel):
@@ -154,7 +154,7 @@ def test_the_best_model_has_the_best_em_then_the_best_return(
         "qrag_train.callbacks.export",
         lambda module, folder, record: Spy.exported.append(record["updates"]),
     )
-    scores = Scores((0.5, 0.3), (0.4, 0.4), (0.5, 0.3), (0.5, 0.31), (0.7, 0.1))
+    scores = Scores((0.3, 0.5), (0.4, 0.4), (0.3, 0.5), (0.31, 0.5), (0.1, 0.7))
     monkeypatch.setattr(lightning.Trainer, "callback_metrics", {}, raising=True)
     fit(module, tmp_path, 10, callbacks=[scores, Spy(tmp_path / "model")])
     assert Spy.exported == [2, 8, 10]
