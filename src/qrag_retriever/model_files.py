@@ -67,8 +67,8 @@ retriever = QRAGRetriever.from_texts(chunks, model=QRAGModel.from_pretrained("{n
 print(retriever.search("a question whose evidence lies in several places"))
 ```
 
-Plain Sentence-Transformers load it too: `encode_query` is the state encoder, `encode_document` the
-action encoder.
+Plain Sentence-Transformers load it too, unless it is in compact form: `encode_query` is the state
+encoder, `encode_document` the action encoder.
 
 ## Settings
 

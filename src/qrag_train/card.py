@@ -31,12 +31,11 @@ retriever = QRAGRetriever.from_texts(chunks, model=QRAGModel.from_pretrained("{n
 print(retriever.search("a question whose evidence lies in several places"))
 ```
 
-As a plain embedder, for the first step alone:
+As a plain embedder, for the first step alone (unless in compact form, the folder also loads as
+`SentenceTransformer("{name}")`):
 
 ```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
+model = QRAGModel.from_pretrained("{name}").sentence_transformer()
 scores = model.encode_query(["a question"]) @ model.encode_document(chunks).T
 ```
 
