@@ -8,8 +8,8 @@
 Each question is searched among its own candidates (T = 2, 4 and 4), then among all passages of its
 file (five of them retrieved). Beside each model, greedy and with beams, stand BM25, one dense
 search with the encoder that it started from, and the same loop with that encoder; without a model
-those alone are judged. What was measured is kept in a journal beside the figures: a run that was
-stopped goes on where it was.
+those alone are judged. ``--dense`` adds one search by an embedder as it was published. What was
+measured is kept in a journal beside the figures: a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bench import (
     start_of,
 )
 
+from qrag_retriever import QRAGModel
 from qrag_train.data import (
     SampleList,
     pooled,
@@ -65,15 +66,20 @@ def main() -> None:
     models = [load(path, texts) for path in options.models]
     trained = models[0].model if models else None
     before = Judged("untrained", start_of(trained, options.encoder), texts)
+    dense = [
+        Judged(name.rpartition("/")[2], QRAGModel.from_encoder(name), texts)
+        for name in options.dense
+    ]
     for name, samples, k, shared in sets:
         greedy = [model.steps(k, read=not shared) for model in models]
         plans = [model.steps(k, options.beams) for model in models if options.beams > 1]
         once = [model.once(k) for model in models]
-        for method in [*greedy, *plans, *once, before.steps(k), before.once(k), bm25(k)]:
+        single = [embedder.once(k) for embedder in [before, *dense]]
+        for method in [*greedy, *plans, *once, before.steps(k), *single, bm25(k)]:
             found = results.measure(method, samples, len(samples), data=name)
             if method in greedy and not shared:
                 results.follow(f"{name}; {method.name}", found, k)
-    results.write([*models, before], options.files)
+    results.write([*models, before, *dense], options.files)
 
 
 def question_sets(options: argparse.Namespace) -> Iterator[Questions]:
@@ -109,6 +115,7 @@ def parse() -> argparse.Namespace:
         metavar=("PASSAGES", "QUESTIONS"),
         help="pooled corpus of 2WikiMultiHopQA, and questions on it",
     )
+    parser.add_argument("--dense", nargs="*", default=[], help="embedders to search with once")
     parser.add_argument("--beams", type=int, default=4, help="of Plan Q-RAG; 1: leave it out")
     parser.add_argument("--count", type=int, help="most questions of a file; left out: all")
     add_options(parser)

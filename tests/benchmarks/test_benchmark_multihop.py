@@ -10,6 +10,7 @@ import multihop
 import numpy as np
 import pytest
 from running import run, save_model, write_hotpotqa
+from sentence_transformers import SentenceTransformer
 
 from llm_server import llm_server
 from qrag_retriever import QRAGModel, SearchOptions
@@ -27,6 +28,23 @@ METHODS = [
     "untrained: the best 2 of one step",
     "BM25",
 ]
+
+
+# paragraphs, letter by letter, are longer than the small encoder's window
+@pytest.mark.filterwarnings("ignore::qrag_retriever.errors.TruncationWarning")
+def test_an_embedder_as_it_was_published(tmp_path):
+    hotpotqa, json_file = write_hotpotqa(tmp_path), tmp_path / "m.json"
+    save_model(tmp_path)
+    embedder = tmp_path / "encoder"
+    run(multihop, "--hotpotqa", hotpotqa, "--dense", embedder, "--json", json_file)
+    rows = json.loads(json_file.read_text())["rows"]
+    found = next(row for row in rows if row["retrieval"] == "encoder: the best 2 of one step")
+    plain, recalls = SentenceTransformer(str(embedder), device="cpu"), []
+    for sample in read_hotpotqa(hotpotqa):
+        products = plain.encode_document(list(sample.chunks)) @ plain.encode_query(sample.question)
+        best = set(np.argsort(-products)[:2].tolist())
+        recalls.append(len(best & set(sample.support)) / len(sample.support))
+    assert found["recall@2"] == pytest.approx(np.mean(recalls), abs=1e-4)
 
 
 def test_rows_files_and_resuming(tmp_path, monkeypatch):
