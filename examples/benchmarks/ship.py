@@ -1,12 +1,13 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
-    python examples/benchmarks/ship.py runs/multihop_en multihop-en --keep-em 0.01 \
+    python examples/benchmarks/ship.py runs/multihop_en runs/multihop_en_2 --name multihop-en \
         --set max_chunk_tokens=112 max_chunk_tokens_in_state=80 max_state_tokens=400
-    python examples/benchmarks/ship.py runs/babilong babilong
+    python examples/benchmarks/ship.py runs/babilong_long --name babilong
 
-The threshold is chosen on the run's own validation questions, by the compact model, whose weights
-are a little coarser. Writes the model to src/qrag_retriever/models and the training's config, log
-and curves to examples/benchmarks/results.
+Of several runs the model is the mean of their weights, so they must be stages of one training.
+The threshold is chosen on the last run's own validation questions, by the compact model, whose
+weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
+configs, logs and curves to examples/benchmarks/results.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from qrag_retriever import QRAGConfig, QRAGModel, SearchOptions, compact
 from qrag_retriever.model_files import CONFIG_FILE
@@ -37,24 +40,26 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as place:
         plain, small = Path(place, options.name), Path(place, "compact")
-        shutil.copytree(options.run / "model", plain)
+        shutil.copytree(options.runs[-1] / "model", plain)
+        average([run / "model" for run in options.runs], plain)
         change(plain / CONFIG_FILE, dict(options.set))
         model = pack(plain, small)
-        chosen = calibrated(model, questions(options.run), options.keep_em)
+        chosen = calibrated(model, questions(options.runs[-1]), options.keep_em)
         write_threshold(plain, chosen, model.config.max_steps)
         pack(plain, small)
         target = MODELS / options.name
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(small, target)
-    keep_log(options.run, LOGS / options.name)
+    for run in options.runs:
+        keep_log(run, LOGS / options.name / (run.name if len(options.runs) > 1 else ""))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
     print(f"{options.name}: {size:.1f} MB, {chosen}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of qrag-train fit")
-    parser.add_argument("name", help="name of the model in the package")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of qrag-train fit")
+    parser.add_argument("--name", required=True, help="name of the model in the package")
     parser.add_argument(
         "--keep-em",
         type=float,
@@ -80,6 +85,17 @@ def change(file: Path, values: dict[str, int]) -> None:
     """Change settings of a model folder."""
     config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
     file.write_text(config.replace(**values).to_json(), encoding="utf-8")
+
+
+def average(folders: Sequence[Path], target: Path) -> None:
+    """Replace the weights of a model folder by the mean over folders of the same kind."""
+    for file in sorted(target.rglob("*.safetensors")):
+        parts = [load_file(folder / file.relative_to(target)) for folder in folders]
+        means = {
+            name: torch.stack([part[name].double() for part in parts]).mean(dim=0).to(tensor.dtype)
+            for name, tensor in parts[-1].items()
+        }
+        save_file(means, file, metadata={"format": "pt"})
 
 
 def pack(plain: Path, small: Path) -> QRAGModel:

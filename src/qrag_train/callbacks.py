@@ -188,7 +188,7 @@ def export(module: ValidatedTrainingModule, folder: Path, record: dict[str, Any]
         folder: Where to; the model that is there is replaced whole.
         record: What the model's `training` field says.
     """
-    model = merge_lora(copy.deepcopy(module.model)).float()
+    model = merge_lora(copy.deepcopy(module.averaged)).float()
     record = {**record, "max_steps": module.budget}
     model.config = model.config.replace(max_steps=module.budget, training=record)
     with _no_bars():

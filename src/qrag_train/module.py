@@ -64,6 +64,8 @@ class QRAGTrainingModule(lightning.LightningModule):
         # with τ = 1 the targets are the trained networks: one copy, each text embedded once
         shared = self.pqn.tau == 1
         self.target = model if shared else copy.deepcopy(model).float().requires_grad_(False)
+        average = self.optimizer_config.average_updates > 0
+        self.averaged = copy.deepcopy(model).float().requires_grad_(False) if average else model
         self.collector: RolloutCollector | None = None
         self._restored: Mapping[str, Any] | None = None
         self._episodes: deque[Episode] = deque(maxlen=_LOGGED_EPISODES)
@@ -132,28 +134,23 @@ class QRAGTrainingModule(lightning.LightningModule):
         longest = self.model.config.max_state_tokens or math.inf
         half = str(self.trainer.precision).startswith("bf16")
         if self.device.type == "cpu" and half and longest <= _MOST_EAGER_TOKENS:
-            for model in (self.model, self.target):
+            for model in (self.model, self.target, self.averaged):
                 for encoder in (model.state_encoder, model.action_encoder):
                     # in bfloat16 fused attention is slow on a CPU, its backward pass above all
                     encoder.transformer.model.set_attn_implementation("eager")
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Make the optimiser's step, then let the target networks follow."""
+        """Make the optimiser's step, then let the target networks and the mean weights follow."""
         super().optimizer_step(*args, **kwargs)
         self.update_target()
+        updates = self.optimizer_config.average_updates
+        if updates:
+            follow(self.averaged, self.model, 1 / min(self.global_step + 1, updates))
 
-    @torch.no_grad()
     def update_target(self) -> None:
         """θ' ← τθ + (1-τ)θ', in float32."""
-        if self.target is self.model:
-            return
-        pairs = [
-            (old, new.float())
-            for old, new in zip(self.target.parameters(), self.model.parameters(), strict=True)
-            if new.requires_grad
-        ]
-        old, new = zip(*pairs, strict=True)
-        torch._foreach_lerp_(old, new, self.pqn.tau)
+        if self.target is not self.model:
+            follow(self.target, self.model, self.pqn.tau)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, without decay on norms and biases, and the schedule, counted in updates."""
@@ -242,6 +239,18 @@ class QRAGTrainingModule(lightning.LightningModule):
                 "fact_f1": sum(episode.fact_f1 for episode in self._episodes) / count,
             }
             self.log_dict(means, prog_bar=True, batch_size=1)
+
+
+@torch.no_grad()
+def follow(follower: nn.Module, model: nn.Module, rate: float) -> None:
+    """Move the float32 weights of a copy by ``rate`` towards those that are trained."""
+    pairs = [
+        (old, new.float())
+        for old, new in zip(follower.parameters(), model.parameters(), strict=True)
+        if new.requires_grad
+    ]
+    old, new = zip(*pairs, strict=True)
+    torch._foreach_lerp_(old, new, rate)
 
 
 def critic_loss(q: Tensor, targets: Tensor) -> Tensor:

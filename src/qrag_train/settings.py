@@ -79,6 +79,8 @@ class OptimizerConfig:
         warmup_updates: Updates in which the learning rate rises from 0.
         schedule: How it falls from there to the end of training.
         final_ratio: What is left of it at the end, 0 to 1.
+        average_updates: Judge and keep the running mean of the weights over about so many updates,
+            which is steadier than those of a single update; 0: the weights as they are.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -91,6 +93,7 @@ class OptimizerConfig:
     warmup_updates: int = 50
     schedule: Schedule = "linear"
     final_ratio: float = 0.1
+    average_updates: int = 0
 
     def __post_init__(self) -> None:
         _check(self, "lr", 0 < self.lr < math.inf, "a number above 0")
@@ -100,6 +103,7 @@ class OptimizerConfig:
         _check(self, "warmup_updates", self.warmup_updates >= 0, "an integer of at least 0")
         _check(self, "schedule", self.schedule in ("linear", "cosine"), "'linear' or 'cosine'")
         _check(self, "final_ratio", 0 <= self.final_ratio <= 1, "a number from 0 to 1")
+        _check(self, "average_updates", self.average_updates >= 0, "an integer of at least 0")
 
     def decay(self, update: int, total: int) -> float:
         """What the schedule leaves of the learning rate, warm-up aside: 1 down to the final ratio.

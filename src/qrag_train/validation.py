@@ -25,7 +25,8 @@ class ValidatedTrainingModule(QRAGTrainingModule):
     """A `QRAGTrainingModule` that can also be judged: by greedy retrieval of T chunks.
 
     Logs ``val/fact_em``, ``val/fact_f1`` and ``val/return``, or ``test/…``, means over all
-    questions of all processes. The return is that of training: its rewards, discounted.
+    questions of all processes. The return is that of training: its rewards, discounted. Judged
+    are the mean weights, where training keeps them (`OptimizerConfig.average_updates`).
     """
 
     @property
@@ -55,7 +56,7 @@ class ValidatedTrainingModule(QRAGTrainingModule):
         return batch
 
     def _judge(self, part: str, samples: Sequence[SupportSample]) -> None:
-        beams = search_samples(self.model, samples, SearchOptions(self.budget, runners_up=0))
+        beams = search_samples(self.averaged, samples, SearchOptions(self.budget, runners_up=0))
         paths = [beam.retrieved for beam in beams]
         support = [sample.support for sample in samples]
         scores = retrieval_metrics(paths, support)

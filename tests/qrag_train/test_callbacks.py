@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import Colours, tiny_model
 
-from qrag_retriever import QRAGModel
+from qrag_retriever import QRAGModel, SearchOptions
 from qrag_train.build import AdaptConfig, adapted
 from qrag_train.callbacks import (
     AtomicCheckpointIO,
@@ -23,7 +23,9 @@ from qrag_train.callbacks import (
     export,
 )
 from qrag_train.curves import plot_curves, read_curves
+from qrag_train.evaluation import search_samples
 from qrag_train.loader import RolloutLoader, SampleLoader
+from qrag_train.metrics import retrieval_metrics
 from qrag_train.settings import OptimizerConfig, PQNConfig
 from qrag_train.validation import ValidatedTrainingModule
 
@@ -186,6 +188,25 @@ def test_an_exported_model_computes_what_the_trained_one_does(
     assert any("lora" in name for name, _ in module.model.named_parameters())
     assert loaded.config.max_steps == 2
     assert "after 6 updates" in (tmp_path / "model" / "README.md").read_text()
+
+
+def test_the_mean_weights_are_judged_and_exported(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "encoder", "none", scale=0.2)
+    optimizer = OptimizerConfig(lr=3e-3, warmup_updates=2, average_updates=50)
+    pqn = PQNConfig(environments=4, random_transitions=8)
+    module = ValidatedTrainingModule(model, pqn, optimizer)
+    trainer = fit(module, tmp_path, 6)
+    scores = retrieval_metrics(
+        [b.retrieved for b in search_samples(module.averaged, SAMPLES, SearchOptions(2))],
+        [sample.support for sample in SAMPLES],
+    )
+    judged = trainer.callback_metrics["val/fact_f1"]
+    assert float(judged) == pytest.approx(scores["fact_f1"], abs=1e-6)
+    export(module, tmp_path / "model", {"updates": 6})
+    texts = ["the blue hat fell"]
+    found = QRAGModel.from_pretrained(tmp_path / "model", device="cpu").encode_actions(texts)
+    np.testing.assert_allclose(found, module.averaged.encode_actions(texts), atol=1e-6)
+    assert not np.allclose(found, module.model.encode_actions(texts), atol=1e-3)
 
 
 def test_progress_on_a_terminal_and_without_one(

@@ -34,11 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("encoder")
 
 
-def module_of(folder: Path, positions: str = "none", **pqn: object) -> QRAGTrainingModule:
+def module_of(
+    folder: Path, positions: str = "none", average_updates: int = 0, **pqn: object
+) -> QRAGTrainingModule:
     torch.manual_seed(0)
     model = tiny_model(folder, positions, scale=0.2, max_steps=2)
     config = {"environments": 8, "random_transitions": 16, "tau": 0.2, "alpha": 0.02, **pqn}
-    optimizer = OptimizerConfig(lr=3e-3, warmup_updates=3)
+    optimizer = OptimizerConfig(lr=3e-3, warmup_updates=3, average_updates=average_updates)
     return QRAGTrainingModule(model, PQNConfig(**config), optimizer, seed=1)
 
 
@@ -136,7 +138,7 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(
     folder: Path, tmp_path: Path, refresh_every: int
 ) -> None:
     def run(updates_until_kill: int | None, checkpoint: Path | None) -> torch.Tensor:
-        module = module_of(folder, "relative", refresh_every=refresh_every)
+        module = module_of(folder, "relative", 3, refresh_every=refresh_every)
         loader = RolloutLoader(Colours(), updates=9, seed=0)
         stop = Kill(updates_until_kill, tmp_path / "killed.ckpt")
         trainer = trainer_of(9, tmp_path, callbacks=[stop])
@@ -146,7 +148,8 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(
             pass
         else:
             assert trainer.global_step == 9
-        return torch.cat([weights_of(module.model), weights_of(module.target)])
+        parts = (module.model, module.target, module.averaged)
+        return torch.cat([weights_of(part) for part in parts])
 
     whole = run(None, None)
     part = run(5, None)
@@ -204,6 +207,33 @@ def test_target_networks_follow(folder: Path) -> None:
         moved += ".pooler." not in name
     assert moved > 10
     assert not any(parameter.requires_grad for parameter in module.target.parameters())
+
+
+def test_the_mean_weights(folder: Path, tmp_path: Path) -> None:
+    history: list[torch.Tensor] = []
+
+    class Watcher(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: object) -> None:
+            history.append(weights_of(pl_module.model))
+
+    module = module_of(folder, average_updates=3)
+    start = weights_of(module.model)
+    trainer_of(6, tmp_path, callbacks=[Watcher()]).fit(
+        module, RolloutLoader(Colours(), updates=6, seed=0)
+    )
+    expected = torch.stack(history[:3]).mean(dim=0)
+    for weights in history[3:]:
+        expected = 2 / 3 * expected + 1 / 3 * weights
+    trained = history[-1] != start
+    found = weights_of(module.averaged)
+    torch.testing.assert_close(found[trained], expected[trained])
+    assert not torch.allclose(found[trained], history[-1][trained], atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in module.averaged.parameters())
+
+
+def test_without_mean_weights_there_is_no_copy(folder: Path) -> None:
+    module = module_of(folder)
+    assert module.averaged is module.model
 
 
 def test_without_targets_the_trained_networks_serve_as_targets(

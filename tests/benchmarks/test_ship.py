@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ship
+import torch
+from running import run, save_model, write_hotpotqa
+
+from qrag_retriever import QRAGModel, SearchOptions
+from qrag_train.calibration import choose_threshold
+from qrag_train.data import read_hotpotqa
+from qrag_train.evaluation import search_samples
+
+TEXTS = ["the red cup fell.", "the blue hat fell."]
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(ship, "MODELS", tmp_path / "package")
+    monkeypatch.setattr(ship, "LOGS", tmp_path / "results")
+    return tmp_path / "package"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two runs whose weights differ."""
+    first = save_model(tmp_path, q_threshold=None).parent
+    data = {"val": [{"file": str(write_hotpotqa(tmp_path)), "format": "hotpotqa"}]}
+    (first / "config.yaml").write_text(f"output_dir: {first}\ndata: {json.dumps(data)}\n")
+    (first / "curves.png").write_bytes(b"picture")
+    (first / "logs" / "version_0").mkdir(parents=True)
+    (first / "logs" / "version_0" / "metrics.csv").write_text("step\n1\n")
+    second = first.with_name("second")
+    shutil.copytree(first, second)
+    changed = QRAGModel.from_pretrained(first / "model", device="cpu")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, weights in changed.named_parameters():
+            if "word_embeddings" not in name:
+                weights.add_(0.05 * torch.randn_like(weights))
+    changed.save_pretrained(second / "model")
+    return [first, second]
+
+
+def test_the_mean_of_two_runs(runs: list[Path], package: Path, tmp_path: Path) -> None:
+    run(ship, *runs, "--name", "ours", "--set", "max_chunk_tokens=64")
+    shipped = QRAGModel.from_pretrained(package / "ours", device="cpu")
+    assert shipped.config.max_chunk_tokens == 64
+    parts = [QRAGModel.from_pretrained(folder / "model", device="cpu") for folder in runs]
+    mean = parts[0]
+    with torch.no_grad():
+        for one, other in zip(mean.parameters(), parts[1].parameters(), strict=True):
+            one.add_(other).mul_(0.5)
+    expected = mean.encode_actions(TEXTS)
+    error = np.abs(shipped.encode_actions(TEXTS) - expected).max()
+    assert error < 0.02 * np.abs(expected).max()  # the weights are in 8 bits
+    assert error < 0.2 * np.abs(parts[1].encode_actions(TEXTS) - expected).max()
+    for name in ("mine", "second"):
+        kept = tmp_path / "results" / "ours" / name
+        assert {file.name for file in kept.iterdir()} == {
+            "config.yaml",
+            "curves.png",
+            "metrics_0.csv",
+        }
+        assert str(tmp_path) not in (kept / "config.yaml").read_text().splitlines()[0]
+
+
+def test_the_threshold_is_chosen_by_the_model_that_ships(runs: list[Path], package: Path) -> None:
+    run(ship, runs[1], "--name", "ours")
+    shipped = QRAGModel.from_pretrained(package / "ours", device="cpu")
+    samples = read_hotpotqa(runs[1].parents[1] / "hotpot.json")
+    found = search_samples(shipped, samples, SearchOptions(2, runners_up=0))
+    chosen = choose_threshold(found, [sample.support for sample in samples])
+    assert shipped.config.q_threshold == pytest.approx(chosen.q_threshold, abs=1e-6)
