@@ -4,7 +4,8 @@
         --set max_chunk_tokens=112 max_chunk_tokens_in_state=80 max_state_tokens=400
     python examples/benchmarks/ship.py runs/babilong_long --name babilong
 
-Of several runs the model is the mean of their weights, so they must be stages of one training.
+Of several runs, stages of one training, the model is the mean of their weights; its card has the
+settings of the first.
 The threshold is chosen on the last run's own validation questions, by the compact model, whose
 weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
 configs, logs and curves to examples/benchmarks/results.
@@ -28,7 +29,7 @@ from qrag_retriever.model_files import CONFIG_FILE
 from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
 from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
-from qrag_train.evaluation import search_samples
+from qrag_train.evaluation import evaluate, search_samples
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "src" / "qrag_retriever" / "models"
@@ -40,11 +41,14 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as place:
         plain, small = Path(place, options.name), Path(place, "compact")
-        shutil.copytree(options.runs[-1] / "model", plain)
+        shutil.copytree(options.runs[0] / "model", plain)
         average([run / "model" for run in options.runs], plain)
         change(plain / CONFIG_FILE, dict(options.set))
+        samples = questions(options.runs[-1])
+        if len(options.runs) > 1:
+            describe(plain / CONFIG_FILE, options.runs, pack(plain, small), samples)
         model = pack(plain, small)
-        chosen = calibrated(model, questions(options.runs[-1]), options.keep_em)
+        chosen = calibrated(model, samples, options.keep_em)
         write_threshold(plain, chosen, model.config.max_steps)
         pack(plain, small)
         target = MODELS / options.name
@@ -96,6 +100,26 @@ def average(folders: Sequence[Path], target: Path) -> None:
             for name, tensor in parts[-1].items()
         }
         save_file(means, file, metadata={"format": "pt"})
+
+
+def describe(
+    file: Path, runs: Sequence[Path], model: QRAGModel, samples: Sequence[SupportSample]
+) -> None:
+    """Say in a model's settings which runs it is the mean of, and how it does."""
+    config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
+    found = evaluate(model, samples, SearchOptions(config.max_steps))
+    training = {
+        **config.training,
+        "mean_of": [run.name for run in runs],
+        "updates": sum(updates(run) for run in runs),
+        "figures": {name: found[name] for name in ("fact_em", "fact_f1")},
+    }
+    file.write_text(config.replace(training=training).to_json(), encoding="utf-8")
+
+
+def updates(run: Path) -> int:
+    text = (run / "model" / CONFIG_FILE).read_text(encoding="utf-8")
+    return int(QRAGConfig.from_json(text).training.get("updates", 0))
 
 
 def pack(plain: Path, small: Path) -> QRAGModel:

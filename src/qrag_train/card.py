@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from qrag_retriever.config import QRAGConfig
 
@@ -41,7 +41,7 @@ scores = model.encode_query(["a question"]) @ model.encode_document(chunks).T
 
 ## Figures
 
-On validation questions, {max_steps} chunks retrieved for each, after {updates} updates:
+On validation questions, {max_steps} chunks retrieved for each, after {updates} updates{mean_of}:
 
 {figures}
 {calibration}
@@ -71,7 +71,8 @@ def model_card(name: str, config: QRAGConfig) -> str:
     Args:
         name: How examples call the model.
         config: Its settings; `training` may hold ``figures``, ``calibration``, ``data``,
-            ``settings``, ``updates`` and the ``max_steps`` of the figures.
+            ``settings``, ``updates``, the ``max_steps`` of the figures, and as ``mean_of`` the
+            runs whose weights were averaged.
     """
     training = config.training
     model = json.loads(config.replace(training={}).to_json())
@@ -81,10 +82,20 @@ def model_card(name: str, config: QRAGConfig) -> str:
         max_steps=training.get("max_steps", config.max_steps),
         updates=training.get("updates", "?"),
         figures=_table(training.get("figures", {})),
+        mean_of=_mean_of(training.get("mean_of", ())),
         calibration=_calibration(training.get("calibration", {}), config.max_steps),
         data=_json_block(training.get("data", {})),
         model=json.dumps(model, indent=2),
         settings=json.dumps(training.get("settings", {}), indent=2),
+    )
+
+
+def _mean_of(runs: Sequence[str]) -> str:
+    if not runs:
+        return ""
+    return (
+        f" (the weights are the mean over the runs {', '.join(runs)}, of which each went on from "
+        "the first or was it; data and settings below are the first run's)"
     )
 
 

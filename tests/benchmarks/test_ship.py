@@ -13,7 +13,7 @@ from running import run, save_model, write_hotpotqa
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_train.calibration import choose_threshold
 from qrag_train.data import read_hotpotqa
-from qrag_train.evaluation import search_samples
+from qrag_train.evaluation import evaluate, search_samples
 
 TEXTS = ["the red cup fell.", "the blue hat fell."]
 
@@ -50,6 +50,10 @@ def test_the_mean_of_two_runs(runs: list[Path], package: Path, tmp_path: Path) -
     run(ship, *runs, "--name", "ours", "--set", "max_chunk_tokens=64")
     shipped = QRAGModel.from_pretrained(package / "ours", device="cpu")
     assert shipped.config.max_chunk_tokens == 64
+    assert "mean over the runs mine, second," in (package / "ours" / "README.md").read_text()
+    found = evaluate(shipped, read_hotpotqa(tmp_path / "hotpot.json"), SearchOptions(2))
+    figures = shipped.config.training["figures"]
+    assert figures == pytest.approx({name: found[name] for name in figures})
     parts = [QRAGModel.from_pretrained(folder / "model", device="cpu") for folder in runs]
     mean = parts[0]
     with torch.no_grad():
