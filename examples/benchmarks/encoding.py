@@ -30,14 +30,16 @@ def main() -> None:
     options = parse()
     embedder = load_embedder(options.model, trust_remote_code=False)
     model = QRAGModel.from_encoder(options.model, device=str(embedder.device), scale=1.0)
+    compiled = None  # by OpenVINO
+    if options.openvino:
+        compiled = QRAGModel.from_encoder(options.model, backend="openvino", scale=1.0)
     rows = [
-        compare(name, texts, embedder, model, options)
+        compare(name, texts, embedder, model, compiled, options)
         for name, texts in {"even": even, "mixed": mixed}.items()
         for texts in [texts(options.texts, options.seed)]
     ]
     more = {}
-    if options.openvino:
-        compiled = with_openvino(options)
+    if compiled is not None:
         more["one_state"] = one_state(model, compiled, options.repetitions)
     if options.json:
         report(options.json, options.seed, repetitions=options.repetitions, figures=rows, **more)
@@ -72,7 +74,12 @@ def mixed(count: int, seed: int) -> list[str]:
 
 
 def compare(
-    name: str, texts: list[str], embedder: Any, model: QRAGModel, options: argparse.Namespace
+    name: str,
+    texts: list[str],
+    embedder: Any,
+    model: QRAGModel,
+    compiled: QRAGModel | None,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Time both, and see that they agree."""
 
@@ -84,8 +91,7 @@ def compare(
         return vectors
 
     calls = {"index": build, "plain": plain}
-    if options.openvino:
-        compiled = with_openvino(options)
+    if compiled is not None:
         calls["openvino"] = lambda: build(compiled)
     expected = plain()
     built = [call() for name, call in calls.items() if name != "plain"]
@@ -103,15 +109,11 @@ def compare(
         "times_faster": round(seconds["plain"] / seconds["index"], 2),
         "largest_difference": apart,
     }
-    if options.openvino:
+    if compiled is not None:
         row["openvino_per_s"] = round(len(texts) / seconds["openvino"], 1)
         row["openvino_times_faster"] = round(seconds["index"] / seconds["openvino"], 2)
     print(*(f"{key}: {value}" for key, value in row.items()), sep="  ")
     return row
-
-
-def with_openvino(options: argparse.Namespace) -> QRAGModel:
-    return QRAGModel.from_encoder(options.model, backend="openvino", scale=1.0)
 
 
 def one_state(plain: QRAGModel, compiled: QRAGModel, repetitions: int) -> list[dict[str, Any]]:

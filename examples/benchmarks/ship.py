@@ -1,6 +1,7 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
-    python examples/benchmarks/ship.py runs/multihop_en runs/multihop_en_2 --name multihop-en \
+    python examples/benchmarks/ship.py runs/multihop_en runs/multihop_en_2 runs/multihop_en_3 \
+        --name multihop-en --keep-em 0.01 \
         --set max_chunk_tokens=112 max_chunk_tokens_in_state=80 max_state_tokens=400
     python examples/benchmarks/ship.py runs/babilong_long --name babilong
 
