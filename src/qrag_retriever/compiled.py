@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,7 +69,7 @@ class CompiledTransformer:
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "PERFORMANCE_HINT": "LATENCY",
             }
-            compiled = openvino.Core().compile_model(model, "CPU", settings)
+            compiled = _core().compile_model(model, "CPU", settings)
         except Exception as error:
             raise ConfigError(
                 f"OpenVINO cannot compile this encoder ({type(error).__name__}: {error}); leave "
@@ -96,6 +97,19 @@ class CompiledTransformer:
                     f"OpenVINO gives embeddings of this encoder that are off by {apart:.2g}; leave "
                     "out backend='openvino'."
                 )
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's one core of this process.
+
+    A core gives the thread that first compiles with it a stack for signal handlers and takes that
+    away when it goes: the second of two cores would put back the freed one of the first, and the
+    next Ctrl-C would be a crash.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class _TokenEmbeddings(nn.Module):

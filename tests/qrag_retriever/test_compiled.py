@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -143,3 +144,25 @@ def test_settings_that_do_not_fit(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         QRAGModel.from_encoder(tiny_encoder, **settings)  # type: ignore[arg-type]
+
+
+def test_ctrl_c_works_when_compiled_models_are_gone(tiny_encoder: Path, openvino: Any) -> None:
+    code = f"""
+import gc, os, signal
+from qrag_retriever import QRAGModel
+
+models = [QRAGModel.from_encoder({str(tiny_encoder)!r}, backend="openvino") for _ in range(2)]
+while models:
+    models.pop(0)
+    gc.collect()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    # in a process of its own: what goes wrong here ends the process
+    ended = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout == "interrupted\n"
