@@ -1,4 +1,4 @@
-"""What storage types of embeddings cost in Fact-EM: the same searches over what each type keeps.
+"""What storage types of embeddings cost in Fact-EM: the same searches in an index of each type.
 
 python examples/benchmarks/storage_types.py MODEL FILE --format hotpotqa --json OUT
 python examples/benchmarks/storage_types.py MODEL BABI.txt --format babilong --background BOOKS \
@@ -13,45 +13,71 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from machine import report
+from tqdm import tqdm
 
-from qrag_retriever import SearchOptions
+from qrag_retriever import ChunkIndex, SearchOptions
+from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.model import resolve_model
-from qrag_retriever.vectors import StorageType, StoredVectors
+from qrag_retriever.vectors import StorageType
+from qrag_train.data import BackgroundText
 from qrag_train.data.sample import FixedSamples
 from qrag_train.data.source import Format, SourceConfig
-from qrag_train.evaluation import evaluate
+from qrag_train.evaluation import EmbeddedTexts
+from qrag_train.metrics import retrieval_metrics
 
 if TYPE_CHECKING:
-    import numpy as np
+    from qrag_retriever import QRAGModel
+    from qrag_train.data import SupportSample
 
 
 def main() -> None:
     options = parse()
     model = resolve_model(options.model)
+    samples = questions(options)
+    search = SearchOptions(options.steps or model.config.max_steps)
+    found = retrieve(model, samples, search, options)
+    supports = [sample.support for sample in samples]
+    rows: list[dict[str, Any]] = []
+    for dtype, paths in found.items():
+        scores = retrieval_metrics(paths, supports, ks=range(1, search.k + 1))
+        first = found[options.types[0]]
+        other = sum(a != b for a, b in zip(paths, first, strict=True))
+        rows.append({"type": dtype, **scores, "other_trajectories": other})
+        lost = 100 * (rows[0]["fact_em"] - scores["fact_em"])
+        print(f"{dtype:9} Fact-EM {scores['fact_em']:.4f}, points lost {lost:.2f}, {other} differ")
+    if options.json:
+        report(options.json, options.seed, questions=len(samples), steps=search.k, figures=rows)
+
+
+def questions(options: argparse.Namespace) -> Sequence[SupportSample]:
     settings: dict[str, Any] = {"file": options.file, "format": options.format}
     if options.background:
         settings |= {"background": options.background, "sentences": (options.sentences,) * 2}
     source: Any = SourceConfig(**settings).open()
-    endless = not isinstance(source, Sequence)
-    samples = (
-        FixedSamples(source, options.questions, options.seed)
-        if endless
-        else source[: options.questions]
-    )
-    search = SearchOptions(options.steps or model.config.max_steps)
-    encode, rows = model.encode_actions, []
-    for dtype in options.types:
+    if isinstance(source, Sequence):
+        return source[: options.questions]
+    return list(FixedSamples(source, options.questions, options.seed))
 
-        def stored(texts: Sequence[str], dtype: Any = dtype, **settings: Any) -> np.ndarray:
-            return StoredVectors.of(encode(texts, **settings), dtype).float32().copy()
 
-        model.encode_actions = stored  # type: ignore[method-assign, assignment]
-        row = {"type": dtype, **evaluate(model, samples, search)}
-        rows.append(row)
-        lost = rows[0]["fact_em"] - row["fact_em"]
-        print(f"{dtype:9} Fact-EM {row['fact_em']:.4f}  points lost {100 * lost:.2f}", flush=True)
-    if options.json:
-        report(options.json, options.seed, questions=len(samples), steps=search.k, figures=rows)
+def retrieve(
+    model: QRAGModel,
+    samples: Sequence[SupportSample],
+    search: SearchOptions,
+    options: argparse.Namespace,
+) -> dict[str, list[list[int]]]:
+    """What is retrieved for each question from an index of each type."""
+    lasting = BackgroundText.from_folder(options.background).sentences if options.background else ()
+    known = EmbeddedTexts(model, lasting)
+    found: dict[str, list[list[int]]] = {dtype: [] for dtype in options.types}
+    for sample in tqdm(samples, unit="question"):
+        (vectors,) = known.actions([sample])
+        for dtype, paths in found.items():
+            index = ChunkIndex.from_embeddings(
+                sample.chunks, vectors.cpu().numpy(), model=model, dtype=dtype
+            )
+            trajectory = MultiStepRetriever(model, index).search(sample.question, search)
+            paths.append([step.index for step in trajectory])
+    return found
 
 
 def parse() -> argparse.Namespace:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
+from qrag_retriever.errors import ModelFormatError
 from qrag_retriever.search import SearchOptions
 from qrag_train.build import starting_model
 from qrag_train.evaluation import evaluate
@@ -75,16 +77,19 @@ def _baselines(model: QRAGModel, k: int) -> Iterator[tuple[str, QRAGModel, Searc
 
 
 def untrained(model: QRAGModel) -> QRAGModel | None:
-    """What a model was trained from; ``None`` for random weights, or where nothing is known.
+    """What a model was trained from; ``None`` for random weights, or where it is not to be had.
 
-    Raises:
-        ModelFormatError: If the embedder it names cannot be loaded.
+    A model may name a folder of the machine that it was trained on: a warning says so.
     """
     settings = model.config.training.get("settings", {}).get("model")
     if settings is None or settings["scratch"] is not None:
         return None
     values = {"positions": model.config.positions, **(settings["settings"] or {})}
-    return starting_model(settings["encoder"], values).to(model.device)
+    try:
+        return starting_model(settings["encoder"], values).to(model.device)
+    except ModelFormatError as error:
+        warnings.warn(f"What this model was trained from is left out: {error}", stacklevel=2)
+        return None
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -247,9 +247,10 @@ class TrainingCLI(LightningCLI):
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         if self.trainer.is_global_zero and self.best.score is not None:
             self._draw_curves()
+            worth, fact_em = self.best.score
             print(
-                f"The best model is in {self.model_folder}: validation Fact-EM "
-                f"{self.best.score[0]:.3f}.\nCurves, logs and the last checkpoint are in "
+                f"The best model is in {self.model_folder}: validation return {worth:.3f}, "
+                f"Fact-EM {fact_em:.3f}.\nCurves, logs and the last checkpoint are in "
                 f"{self.output_dir}."
             )
 

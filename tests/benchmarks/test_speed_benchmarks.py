@@ -115,6 +115,7 @@ def test_storage_types_are_judged_on_what_they_keep(tmp_path, monkeypatch):
     rows = json.loads(file.read_text())["figures"]
     assert [row.pop("type") for row in rows] == types
     assert set(asked) == set(types)
+    assert rows[0].pop("other_trajectories") == 0
     plain = QRAGModel.from_pretrained(model)
     assert rows[0] == evaluate(plain, read_hotpotqa(questions), SearchOptions(k=2))
     babi = ["simulated:1", "--format", "babilong", "--background", write_books(tmp_path)]

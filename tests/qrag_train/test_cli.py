@@ -139,6 +139,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed_by_the_folder_alone(
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)["global_step"] == 4
     assert main(["fit", "--output_dir", str(run), "--resume"]) == 0
     assert_same_run(run, whole)
+    best = QRAGModel.from_pretrained(run / "model").config.training["figures"]
+    told = f"return {best['val/return']:.3f}, Fact-EM {best['val/fact_em']:.3f}"
+    assert f"The best model is in {run / 'model'}: validation {told}." in capsys.readouterr().out
 
 
 def test_a_run_is_resumed_with_its_own_settings_alone(

@@ -36,6 +36,15 @@ def test_what_nothing_is_known_of_is_left_out(tmp_path: Path, scratch: object) -
     assert len(list(reports(model, SAMPLES, baselines=True))) == 2
 
 
+def test_a_start_that_is_gone_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "encoder", "none")
+    start = {"encoder": str(tmp_path / "gone" / "model"), "scratch": None, "settings": None}
+    model.config = model.config.replace(training={"settings": {"model": start}})
+    with pytest.warns(UserWarning, match="trained from is left out: .*gone"):
+        rows = list(reports(model, SAMPLES, 3, baselines=True))
+    assert [row["retrieval"] for row in rows] == ["3 steps", "the best 3 of one step"]
+
+
 def test_a_table_has_the_columns_that_are_used() -> None:
     rows = [{"retrieval": "a", "fact_em": 0.5}, {"retrieval": "b", "fact_em": 1.0, "stop_late": 0}]
     assert markdown(rows).splitlines() == [
