@@ -162,7 +162,7 @@ def choose(
     options: argparse.Namespace,
     results: Results,
 ) -> float:
-    """The threshold of best Fact-F1 in documents that are not long with the first half of the questions."""
+    """The threshold of best Fact-F1 on the first half of the questions, documents not too long."""
     found = []
     for length in options.lengths:
         if length <= _CALIBRATED:  # longer ones take their time
