@@ -12,6 +12,7 @@ from qrag_train.cli import read_questions
 from qrag_train.data import BackgroundText
 from qrag_train.data.datamodule import SupportDataModule
 from qrag_train.data.sample import FixedSamples
+from qrag_train.data.simulator import OBJECTS, PLACES
 from qrag_train.data.source import SourceConfig, thinned
 
 
@@ -97,6 +98,16 @@ def test_questions_of_simulated_stories(tmp_path: Path) -> None:
     for moves, same in ((3, True), (1, False)):
         source = SourceConfig("simulated:3", "babilong", moves=moves, **settings).open()
         assert (list(FixedSamples(source, 3, seed=0)) == list(far)) is same
+
+
+def test_stories_of_few_places_and_things(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It rained all day long. The sea was grey and cold.\n" * 20)
+    settings: dict[str, Any] = {"background": str(tmp_path), "sentences": (90, 90)}
+    source = SourceConfig("simulated:2", "babilong", places=2, things=1, **settings).open()
+    for sample in FixedSamples(source, 5, seed=0):
+        told = " ".join(sample.chunks)
+        assert sum(f"the {thing}" in told for thing in OBJECTS) == 1
+        assert sum(f"to the {place}." in told for place in PLACES) <= 2
 
 
 def test_a_limit_takes_the_first_questions(files: list[str]) -> None:

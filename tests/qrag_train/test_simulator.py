@@ -113,9 +113,9 @@ def real(task: int, split: str) -> list[SupportSample]:
     return list(read_babi(next(BABI.glob(f"qa{task}_*_{split}.txt"))))
 
 
-def stories(task: int, count: int, seed: int = 0, moves: int = 1) -> list[list[SupportSample]]:
+def stories(task: int, count: int, seed: int = 0, **settings: int) -> list[list[SupportSample]]:
     rng = np.random.default_rng((seed, task))
-    return [BabiSimulator(task, moves).story(rng) for _ in range(count)]
+    return [BabiSimulator(task, **settings).story(rng) for _ in range(count)]
 
 
 @needs_babi
@@ -254,8 +254,36 @@ def test_more_moves_make_longer_ways_and_nothing_else(task):
     assert shares[1] > shares[0] + 0.1 or shares == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("task", [2, 3])
+def test_where_all_meet_things_change_hands(task):
+    shares = []
+    for settings in ({}, {"places": 2, "things": 1}):
+        told = stories(task, 200, **settings)
+        changed = []
+        for story in told:
+            replay(story[-1].chunks)
+            for sample in story:
+                assert read_story(sample) == (sample.answer, sample.support)
+            chunks = story[-1].chunks
+            handled = sorted(matches(TAKE, chunks) + matches(DROP, chunks))
+            if settings:
+                assert len({place for _, (_, place) in matches(MOVE, chunks)}) <= 2
+                assert len({thing for _, (_, thing) in handled}) == 1
+            thing = handled[-1][1][1]
+            hands = [who for _, (who, what) in handled if what == thing]
+            changed += [a != b for a, b in pairwise(hands)]
+        shares.append(sum(changed) / len(changed))
+    assert shares[1] > 1.3 * shares[0]
+    # not always the same ones
+    assert len({sample.answer for story in told for sample in story}) == 6
+
+
 def test_unknown_tasks_are_refused():
     with pytest.raises(ConfigError, match="give 1, 2, 3, 4, 5 or 14"):
         BabiSimulator(6)
     with pytest.raises(ConfigError, match="moves=0; give at least 1"):
         BabiSimulator(3, moves=0)
+    with pytest.raises(ConfigError, match="places=1; give 2 to 6"):
+        BabiSimulator(3, places=1)
+    with pytest.raises(ConfigError, match="things=4; give 1 to 3"):
+        BabiSimulator(3, things=4)

@@ -67,9 +67,13 @@ class BabiSimulator:
             relations) or 14 (time reasoning, told in order).
         moves: How much more often people move than in the files: with 3, things are carried
             further, and the question is more often about a place that was left long ago.
+        places: Number of places of a story, drawn anew for each; where there are few, people meet
+            and things change hands more often.
+        things: Number of things of a story, drawn in the same way.
 
     Raises:
-        ConfigError: If there is no such task, or nobody would move.
+        ConfigError: If there is no such task, nobody would move, or there are not so many places
+            or things.
 
     Example:
         >>> sample = BabiSimulator(task=2).sample(np.random.default_rng(3))
@@ -81,13 +85,25 @@ class BabiSimulator:
 
     QUESTIONS_PER_STORY = 5
 
-    def __init__(self, task: int, moves: int = 1) -> None:
+    def __init__(
+        self,
+        task: int,
+        moves: int = 1,
+        places: int = len(PLACES),
+        things: int = len(OBJECTS),
+    ) -> None:
         if task not in TASKS:
             raise ConfigError(f"task={task!r} is not simulated; give 1, 2, 3, 4, 5 or 14.")
         if moves < 1:
             raise ConfigError(f"moves={moves!r}; give at least 1, which is as in the files.")
+        if not 2 <= places <= len(PLACES):
+            raise ConfigError(f"places={places!r}; give 2 to {len(PLACES)}.")
+        if not 1 <= things <= len(OBJECTS):
+            raise ConfigError(f"things={things!r}; give 1 to {len(OBJECTS)}.")
         self.task = task
         self._moves = moves
+        self._places = places
+        self._things = things
 
     def story(self, rng: np.random.Generator) -> list[SupportSample]:
         """All five questions of one new story (task 4: one), each with the statements above it."""
@@ -104,7 +120,8 @@ class BabiSimulator:
         if self.task == 4:
             chunks, question = _directions(rng)
             return [_sample(f"{name}/1", chunks, question)]
-        world = _World(self.task, rng, self._moves)
+        places, things = _some(PLACES, self._places, rng), _some(OBJECTS, self._things, rng)
+        world = _World(self.task, rng, self._moves, places, things)
         samples: list[SupportSample] = []
         while len(samples) < questions:
             for _ in range(_ACTS.get(self.task, 2)):
@@ -122,15 +139,24 @@ def _sample(name: str, statements: Sequence[str], question: _Question) -> Suppor
 class _World:
     """Where everybody and everything is, and what a listener was told of it."""
 
-    def __init__(self, task: int, rng: np.random.Generator, moves: int) -> None:
+    def __init__(
+        self,
+        task: int,
+        rng: np.random.Generator,
+        moves: int,
+        places: Sequence[str],
+        things: Sequence[str],
+    ) -> None:
         self._rng = rng
         self._task = task
+        self._places = places
+        self._things = things
         extra = ("move",) * (_ACTIONS[task].count("move") * (moves - 1))
         self._actions = _ACTIONS[task] + extra
         people = GIVERS if task == 5 else PEOPLE
-        self._position = {person: self._pick(PLACES) for person in people}
-        self._lies_in: dict[str, str | None] = {thing: self._pick(PLACES) for thing in OBJECTS}
-        self._holder: dict[str, str | None] = dict.fromkeys(OBJECTS)
+        self._position = {person: self._pick(places) for person in people}
+        self._lies_in: dict[str, str | None] = {thing: self._pick(places) for thing in things}
+        self._holder: dict[str, str | None] = dict.fromkeys(things)
         self._ask: dict[int, Callable[[], _Question | None]] = {
             1: self._where_is_person,
             2: self._where_is_thing,
@@ -169,7 +195,7 @@ class _World:
         return " there." if always or self._rng.random() < _ADD_THERE else "."
 
     def _move(self, person: str) -> bool:
-        place = self._pick(PLACES)
+        place = self._pick(self._places)
         if place == self._position[person]:
             return False
         self._position[person] = place
@@ -181,7 +207,7 @@ class _World:
         return True
 
     def _take(self, person: str) -> bool:
-        here = [thing for thing in OBJECTS if self._lies_in[thing] == self._position[person]]
+        here = [thing for thing in self._things if self._lies_in[thing] == self._position[person]]
         if not here:
             return False
         thing = self._pick(here)
@@ -221,7 +247,7 @@ class _World:
         return True
 
     def _things_of(self, person: str) -> list[str]:
-        return [thing for thing in OBJECTS if self._holder[thing] == person]
+        return [thing for thing in self._things if self._holder[thing] == person]
 
     def _recent(self, statement: int) -> bool:
         return len(self.statements) - statement <= _MEMORY
@@ -279,6 +305,12 @@ class _World:
             )
         )
         return _Question(text, answer, (statement,))
+
+
+def _some(all_: Sequence[str], count: int, rng: np.random.Generator) -> Sequence[str]:
+    if count == len(all_):  # nothing to draw
+        return all_
+    return [all_[i] for i in rng.permutation(len(all_))[:count]]
 
 
 def _last_visits(path: Sequence[_Spot]) -> list[tuple[_Spot, _Spot]]:

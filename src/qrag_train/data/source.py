@@ -16,7 +16,7 @@ from qrag_train.data.linked import LinkedPassages, read_passages
 from qrag_train.data.musique import read_musique
 from qrag_train.data.ruler import Ruler, read_words
 from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
-from qrag_train.data.simulator import BabiSimulator
+from qrag_train.data.simulator import OBJECTS, PLACES, BabiSimulator
 from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki
 
@@ -57,6 +57,9 @@ class SourceConfig:
         sentences: For ``babilong``: least and greatest number of chunks of a document.
         moves: For ``simulated``: how much more often people move than in bAbI's files, which
             makes the ways longer that a question asks for.
+        places: For ``simulated``: number of places of a story, at most the files' 6; where there
+            are few, people meet and things change hands more often.
+        things: For ``simulated``: number of things of a story, at most the files' 3.
         tokens: For ``ruler``: least and greatest number of tokens of a text.
         words: For ``ruler``'s needles: a file with a word a line.
         questions: For ``ruler:qa_1`` a file of SQuAD's shape, for ``ruler:qa_2`` of HotpotQA's.
@@ -74,6 +77,8 @@ class SourceConfig:
     background_sentences: int | None = None
     sentences: tuple[int, int] = (60, 90)
     moves: int = 1
+    places: int = len(PLACES)
+    things: int = len(OBJECTS)
     tokens: tuple[int, int] = (2000, 4000)
     words: str | None = None
     questions: str | None = None
@@ -105,7 +110,7 @@ class SourceConfig:
                 background = thinned(background, self.background_sentences)
             if self.format == "ruler":
                 return self._ruler(background)
-            told = stories(self.file, self.moves)
+            told = stories(self.file, self.moves, self.places, self.things)
             told = told[: self.limit] if isinstance(told, SampleList) else told
             return BabiLong(told, background, self.sentences)
         if self.format == "linked":
@@ -127,12 +132,16 @@ class SourceConfig:
         return Ruler(task, self.tokens, background, words=words, questions=questions)
 
 
-def stories(name: str, moves: int = 1) -> SampleSource:
+def stories(
+    name: str, moves: int = 1, places: int = len(PLACES), things: int = len(OBJECTS)
+) -> SampleSource:
     """BAbI's stories: of a file, or without end where the name is ``simulated:1`` and so on.
 
     Args:
         name: A file, or ``simulated:`` and a task.
         moves: How much more often people move in a simulated story.
+        places: Its number of places.
+        things: Its number of things.
 
     Raises:
         DatasetError: If the file cannot be read, or there is no such task.
@@ -144,7 +153,7 @@ def stories(name: str, moves: int = 1) -> SampleSource:
         raise DatasetError(
             f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5 or {_SIMULATED}14."
         )
-    return BabiSimulator(int(task), moves)
+    return BabiSimulator(int(task), moves, places, things)
 
 
 def looked_at(source: SampleSource) -> Sequence[SupportSample]:
