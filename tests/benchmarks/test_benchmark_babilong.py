@@ -27,7 +27,13 @@ def obvious(half: list, background: BackgroundText, length: int, count: int) -> 
     return [hide_story(story, background, length, rng) for story in taken]
 
 
-def test_figures_of_a_run(tmp_path):
+@pytest.fixture
+def calibrated_up_to_200(monkeypatch):
+    """Long documents are those that take no time in a test."""
+    monkeypatch.setattr(babilong, "_CALIBRATED", 200)
+
+
+def test_figures_of_a_run(tmp_path, calibrated_up_to_200):
     model = save_model(tmp_path, "relative", TEXTS, None)
     books, file = write_books(tmp_path), tmp_path / "out" / "b.json"
     arguments = [
@@ -79,7 +85,7 @@ def test_documents_are_the_same_whenever_read():
     assert len(documents) == len(first)
 
 
-def test_a_threshold_needs_short_documents(tmp_path):
+def test_a_threshold_needs_short_documents(tmp_path, calibrated_up_to_200):
     model = save_model(tmp_path, "relative", TEXTS, None)
     with pytest.raises(SystemExit, match="at most 200"):
         run(
