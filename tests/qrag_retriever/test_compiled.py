@@ -151,6 +151,7 @@ def test_ctrl_c_works_when_compiled_models_are_gone(tiny_encoder: Path, openvino
 import gc, os, signal
 from qrag_retriever import QRAGModel
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 models = [QRAGModel.from_encoder({str(tiny_encoder)!r}, backend="openvino") for _ in range(2)]
 while models:
     models.pop(0)
