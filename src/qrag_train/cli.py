@@ -11,6 +11,7 @@ from typing import Any, Literal
 from qrag_retriever.errors import MissingDependencyError, QRAGError
 from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample
+from qrag_train.data.simulator import OBJECTS, PLACES
 from qrag_train.data.source import Format, SourceConfig
 
 # What training.py runs.
@@ -124,6 +125,8 @@ def read_questions(
     background: str | None = None,
     sentences: list[int] | None = None,
     moves: int = 1,
+    places: int = len(PLACES),
+    things: int = len(OBJECTS),
     tokens: list[int] | None = None,
     words: str | None = None,
     questions: str | None = None,
@@ -142,6 +145,9 @@ def read_questions(
         background: For babilong and ruler: a folder of books as plain text.
         sentences: For babilong: numbers of chunks of a document, such as [50,200,1200].
         moves: For simulated stories: how much more often people move than in bAbI's files.
+        places: For simulated stories: number of places, at most 6; where there are few, people meet
+            and things change hands more often.
+        things: For simulated stories: number of things, at most 3.
         tokens: For ruler: lengths of the text in tokens, such as [4096,32768].
         words: For ruler's needles: a file with a word a line.
         questions: For ruler:qa_1 a file of SQuAD's shape, for ruler:qa_2 of HotpotQA's.
@@ -155,7 +161,7 @@ def read_questions(
     common: dict[str, Any] = {"format": format, "corpus": corpus, "background": background}
     if format == "babilong":
         unit, lengths = "sentences", sentences or [60]
-        common["moves"] = moves
+        common |= {"moves": moves, "places": places, "things": things}
     elif format == "ruler":
         unit, lengths = "tokens", tokens or [4096]
         common |= {"words": words, "questions": questions}

@@ -104,7 +104,17 @@ def test_stories_of_few_places_and_things(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It rained all day long. The sea was grey and cold.\n" * 20)
     settings: dict[str, Any] = {"background": str(tmp_path), "sentences": (90, 90)}
     source = SourceConfig("simulated:2", "babilong", places=2, things=1, **settings).open()
-    for sample in FixedSamples(source, 5, seed=0):
+    (judged,) = read_questions(
+        "simulated:2",
+        "babilong",
+        background=str(tmp_path),
+        sentences=[90],
+        samples=5,
+        places=2,
+        things=1,
+    ).values()
+    assert list(judged) == list(FixedSamples(source, 5, seed=0))
+    for sample in judged:
         told = " ".join(sample.chunks)
         assert sum(f"the {thing}" in told for thing in OBJECTS) == 1
         assert sum(f"to the {place}." in told for place in PLACES) <= 2
