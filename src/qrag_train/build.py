@@ -25,6 +25,8 @@ class AdaptConfig:
     Attributes:
         freeze_word_embeddings: Keep the word embeddings as they are; they are most of a small
             encoder and their optimiser step most of an update.
+        freeze_layers: Keep the first so many layers as they are, too: less to compute, and a
+            compact model stores them once for both encoders.
         first_layers: Use the first so many layers only; ``None``: all.
         lora_rank: Train low-rank updates of this rank instead of the weights; 0: the weights.
         gradient_checkpointing: Save memory by computing activations twice.
@@ -35,6 +37,7 @@ class AdaptConfig:
     """
 
     freeze_word_embeddings: bool = True
+    freeze_layers: int = 0
     first_layers: int | None = None
     lora_rank: int = 0
     gradient_checkpointing: bool = False
@@ -43,6 +46,10 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         if self.first_layers is not None and self.first_layers < 1:
             raise ConfigError(f"first_layers={self.first_layers}; give at least 1, or None.")
+        if self.freeze_layers < 0:
+            raise ConfigError(
+                f"freeze_layers={self.freeze_layers}; give at least 1, or 0 for none."
+            )
         if self.lora_rank < 0:
             raise ConfigError(f"lora_rank={self.lora_rank}; give at least 1, or 0 for none.")
         if not 0 <= self.dropout < 1:
@@ -134,20 +141,37 @@ def adapted(model: QRAGModel, config: AdaptConfig) -> QRAGModel:
             _add_lora(transformer, config.lora_rank)
         if config.freeze_word_embeddings:
             transformer.get_input_embeddings().requires_grad_(False)
+        if config.freeze_layers:
+            _freeze_layers(transformer, config.freeze_layers)
         if config.gradient_checkpointing:
             transformer.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def _keep_layers(transformer: Any, count: int) -> None:
+    holder, name = _layers(transformer, first_layers=count)
+    setattr(holder, name, getattr(holder, name)[:count])
+    transformer.config.num_hidden_layers = count
+
+
+def _freeze_layers(transformer: Any, count: int) -> None:
+    """Freeze all that comes before the layers, and the first of them."""
+    holder, name = _layers(transformer, freeze_layers=count)
+    getattr(holder, name)[:count].requires_grad_(False)
+    if hasattr(transformer, "embeddings"):
+        transformer.embeddings.requires_grad_(False)
+
+
+def _layers(transformer: Any, **asked: int) -> tuple[Any, str]:
+    """Where the layers are: the module that holds them, and their name there."""
     holder = getattr(transformer, "encoder", transformer)
     name = "layer" if hasattr(holder, "layer") else "layers"
     layers = getattr(holder, name, None)
+    ((setting, count),) = asked.items()
     if layers is None or len(layers) < count:
         have = "no list of layers" if layers is None else f"{len(layers)} layers"
-        raise ConfigError(f"first_layers={count}, but the encoder has {have}; give less.")
-    setattr(holder, name, layers[:count])
-    transformer.config.num_hidden_layers = count
+        raise ConfigError(f"{setting}={count}, but the encoder has {have}; give less.")
+    return holder, name
 
 
 def _add_lora(transformer: Any, rank: int) -> None:

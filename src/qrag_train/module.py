@@ -9,15 +9,17 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import lightning
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from qrag_retriever.errors import ConfigError
 from qrag_retriever.rotary import rotate
+from qrag_train.imitation import candidates, imitation_loss
 from qrag_train.returns import annealed_alpha, critic_values, lambda_returns
 from qrag_train.rollout import Episode, EpisodeStream, Rollout, RolloutCollector
 from qrag_train.settings import OptimizerConfig, PQNConfig
-from qrag_train.texts import embed
+from qrag_train.texts import TextTable, embed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,6 +33,8 @@ _GPU_BATCH_TOKENS = 32768
 # Longest states for which attention keeps its whole matrix for the backward pass.
 _MOST_EAGER_TOKENS = 512
 _LOGGED_EPISODES = 200
+# Number of the first sample of updates that imitate.
+_IMITATED = 1 << 40
 
 
 class QRAGTrainingModule(lightning.LightningModule):
@@ -67,6 +71,7 @@ class QRAGTrainingModule(lightning.LightningModule):
         average = self.optimizer_config.average_updates > 0
         self.averaged = copy.deepcopy(model).float().requires_grad_(False) if average else model
         self.collector: RolloutCollector | None = None
+        self._table: TextTable | None = None
         self._restored: Mapping[str, Any] | None = None
         self._episodes: deque[Episode] = deque(maxlen=_LOGGED_EPISODES)
         self._clock = time.monotonic()
@@ -80,12 +85,33 @@ class QRAGTrainingModule(lightning.LightningModule):
     def training_step(self, batch: EpisodeStream, batch_idx: int) -> Tensor:
         """Collect a rollout with the current weights and return its loss."""
         del batch_idx
+        if self.global_step < self.pqn.imitation_updates:
+            return self._imitate(batch)
         if self.collector is None:
             self.collector = self._make_collector(batch)
         rollout = self.collector.collect(self.alpha)
         self.model.train()
         loss = self.loss(rollout)
-        self._log_training(rollout, loss)
+        self._episodes.extend(rollout.finished)
+        self._log_training(rollout.rewards.numel(), loss)
+        return loss
+
+    def _imitate(self, stream: EpisodeStream) -> Tensor:
+        """The loss of an update that learns from the support itself.
+
+        What it draws depends on the seed and its number alone, so resuming needs nothing more.
+        """
+        if self._table is None:
+            self._table = TextTable(self.model)
+        size, negatives = self.pqn.environments, self.pqn.imitation_negatives
+        first = self.global_step * size
+        # far from the samples that episodes are made of
+        samples = [stream[_IMITATED + number] for number in range(first, first + size)]
+        rng = np.random.default_rng((self.seed, self.global_rank, self.global_step))
+        chosen = [candidates(sample, negatives, rng) for sample in samples]
+        self.model.train()
+        loss = imitation_loss(self.model, self._table, samples, chosen, self.pqn, self.alpha)
+        self._log_training(sum(len(sample.support) for sample in samples), loss)
         return loss
 
     def loss(self, rollout: Rollout) -> Tensor:
@@ -219,11 +245,10 @@ class QRAGTrainingModule(lightning.LightningModule):
             )
         self._restored = states[self.global_rank]
 
-    def _log_training(self, rollout: Rollout, loss: Tensor) -> None:
+    def _log_training(self, transitions: int, loss: Tensor) -> None:
         now = time.monotonic()
-        speed = rollout.rewards.numel() / max(now - self._clock, 1e-9)
+        speed = transitions / max(now - self._clock, 1e-9)
         self._clock = now
-        self._episodes.extend(rollout.finished)
         values: dict[str, Tensor | float] = {
             "loss": loss.detach(),
             "alpha": self.alpha,

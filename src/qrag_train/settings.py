@@ -33,6 +33,9 @@ class PQNConfig:
         refresh_every: Updates after which a background chunk (one that never was support) is
             embedded anew; 0: all chunks at every update.
         reward: What a step is worth.
+        imitation_updates: First updates that learn from the support itself, without episodes
+            (`qrag_train.imitation`); 0: none.
+        imitation_negatives: Chunks without support that each question of such an update brings.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -51,6 +54,8 @@ class PQNConfig:
     random_transitions: int = 200
     refresh_every: int = 0
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
+    imitation_updates: int = 0
+    imitation_negatives: int = 6
 
     def __post_init__(self) -> None:
         _check(self, "gamma", 0 < self.gamma <= 1, "a number above 0 and at most 1")
@@ -63,7 +68,10 @@ class PQNConfig:
             value = getattr(self, name)
             _check(self, name, value is None or value >= 1, "an integer of at least 1, or None")
         _check(self, "environments", self.environments >= 1, "an integer of at least 1")
-        for name in ("random_transitions", "refresh_every"):
+        _check(
+            self, "imitation_negatives", self.imitation_negatives >= 1, "an integer of at least 1"
+        )
+        for name in ("random_transitions", "refresh_every", "imitation_updates"):
             _check(self, name, getattr(self, name) >= 0, "an integer of at least 0")
 
 

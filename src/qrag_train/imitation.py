@@ -1,0 +1,125 @@
+"""Learning from the support itself, before the first rollout: imitation of who knows it.
+
+Episodes tell one transition at a time which chunk was worth fetching, and at first seldom that. The
+annotations tell it of every state on the way: in a state with some of the support, the rest of it
+is what to fetch. A few such updates bring a pretrained embedder to where episodes begin to pay.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qrag_retriever.scoring import q_at
+from qrag_train.environment import in_state_order
+from qrag_train.rewards import path_return
+from qrag_train.texts import embed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from qrag_retriever.model import QRAGModel
+    from qrag_train.data.sample import SupportSample
+    from qrag_train.settings import PQNConfig
+    from qrag_train.texts import TextTable
+
+
+def candidates(sample: SupportSample, negatives: int, rng: np.random.Generator) -> list[int]:
+    """The support of a sample, then some of its other chunks, drawn at random."""
+    others = np.setdiff1d(np.arange(len(sample.chunks)), sample.support)
+    drawn = rng.permutation(others)[:negatives]
+    return [*sample.support, *drawn.tolist()]
+
+
+def imitation_loss(
+    model: QRAGModel,
+    table: TextTable,
+    samples: Sequence[SupportSample],
+    chosen: Sequence[Sequence[int]],
+    config: PQNConfig,
+    alpha: float,
+) -> Tensor:
+    """``mean over states of V(s) - V_M(s) + ½(Q(s, a*) - G)²``, with gradients.
+
+    States are those of an episode that fetches nothing but support, each time the missing chunk
+    a* with the highest Q. V is the soft value (eq. 4) over the missing support M and the negatives,
+    V_M that over M alone: their difference is ``-α log Σ_{a ∈ M} π(a|s)`` (eq. 3), 0 where the soft
+    policy fetches missing support for certain. G, the discounted reward of the episode from there
+    on, keeps Q in the range of rewards. Without positions, chunks of the other samples are
+    negatives too.
+
+    Args:
+        model: The model.
+        table: Token ids of texts.
+        samples: Questions with their support.
+        chosen: Chunks of each to embed: the support, and negatives.
+        config: Rewards and discount.
+        alpha: Temperature α.
+
+    Returns:
+        Scalar float32.
+    """
+    texts = [[sample.chunks[i] for i in some] for sample, some in zip(samples, chosen, strict=True)]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(t for own in texts for t in own))}
+    actions = embed(model.action_encoder, table.action_ids(table.numbers(list(rows)).tolist()))
+    found: list[list[int]] = [[] for _ in samples]
+    losses: list[Tensor] = []
+    going_on = list(range(len(samples)))
+    while going_on:
+        asked = [
+            (samples[e].question, _state_chunks(model, samples[e], found[e])) for e in going_on
+        ]
+        for state, e in zip(
+            embed(model.state_encoder, table.state_ids(asked)), going_on, strict=True
+        ):
+            own = [rows[text] for text in texts[e]]
+            q = _q_values(model, state, actions, own, samples[e], chosen[e], found[e])
+            missing = [i for i in samples[e].support if i not in found[e]]
+            wanted = [rows[samples[e].chunks[i]] for i in missing]
+            held = [row for i in found[e] if (row := rows[samples[e].chunks[i]]) not in wanted]
+            q = q.index_fill(0, torch.tensor(held, dtype=torch.long, device=q.device), -torch.inf)
+            best = int(q.detach()[wanted].argmax())
+            gap = torch.logsumexp(q / alpha, 0) - torch.logsumexp(q[wanted] / alpha, 0)
+            rest = [missing[best], *missing[:best], *missing[best + 1 :]]
+            error = q[wanted[best]] - _return_of(rest, found[e], samples[e], config)
+            losses.append(alpha * gap + 0.5 * error.square())
+            found[e].append(missing[best])
+        going_on = [e for e in going_on if len(found[e]) < len(samples[e].support)]
+    return torch.stack(losses).mean()
+
+
+def _state_chunks(model: QRAGModel, sample: SupportSample, found: Sequence[int]) -> list[str]:
+    return [sample.chunks[i] for i in in_state_order(found, model.config.state_order)]
+
+
+def _q_values(
+    model: QRAGModel,
+    state: Tensor,
+    actions: Tensor,
+    own: Sequence[int],
+    sample: SupportSample,
+    chosen: Sequence[int],
+    found: Sequence[int],
+) -> Tensor:
+    """Q of all embedded texts in one state; -inf for those of other samples if places count."""
+    if model.config.positions == "none":
+        return (actions @ state).float()
+    rho = model.config.position_scheme.positions(len(sample.chunks), found)[list(chosen)]
+    rho_of_own = torch.from_numpy(rho).to(state.device)
+    index = torch.tensor(own, device=actions.device)
+    q = q_at(state, actions[index], rho_of_own, model.config.rotary_base)
+    # of equal texts the last one's place counts
+    return torch.full_like(actions[:, 0], -torch.inf).index_copy(0, index, q)
+
+
+def _return_of(
+    rest: Sequence[int], found: Sequence[int], sample: SupportSample, config: PQNConfig
+) -> float:
+    """Discounted reward from a state on, if the rest of the support is fetched from there."""
+    reward, gamma = config.reward, config.gamma
+    before = path_return(found, sample.support, reward, gamma)
+    whole = path_return([*found, *rest], sample.support, reward, gamma)
+    return (whole - before) / gamma ** len(found)
