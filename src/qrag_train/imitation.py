@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qrag_retriever.scoring import q_at
 from qrag_train.environment import in_state_order
+from qrag_train.returns import critic_values
 from qrag_train.rewards import path_return
 from qrag_train.texts import embed
 
@@ -106,7 +107,7 @@ def _q_values(
 ) -> Tensor:
     """Q of all embedded texts in one state; -inf for those of other samples if places count."""
     if model.config.positions == "none":
-        return (actions @ state).float()
+        return critic_values(state, actions, 1)[:, 0]
     rho = model.config.position_scheme.positions(len(sample.chunks), found)[list(chosen)]
     rho_of_own = torch.from_numpy(rho).to(state.device)
     index = torch.tensor(own, device=actions.device)

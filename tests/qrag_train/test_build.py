@@ -58,6 +58,18 @@ def test_what_is_frozen_dropped_and_left_out() -> None:
         adapted(model, AdaptConfig(first_layers=2))
 
 
+def test_frozen_layers_stay_as_they_are() -> None:
+    model = build_module(scratch=SMALL, texts=lambda: COLOURS).model
+    adapted(model, AdaptConfig(freeze_layers=1))
+    for encoder in (model.state_encoder, model.action_encoder):
+        frozen = {n for n, p in encoder.transformer.model.named_parameters() if not p.requires_grad}
+        assert {n for n in frozen if "layer." in n} == {n for n in frozen if "layer.0." in n}
+        assert any("layer.0.attention" in n for n in frozen)
+        assert any("LayerNorm" in n and n.startswith("embeddings") for n in frozen)
+    with pytest.raises(ConfigError, match="freeze_layers=3, but the encoder has 2 layers"):
+        adapted(model, AdaptConfig(freeze_layers=3))
+
+
 def test_lora_trains_little_and_merges_into_nothing_new() -> None:
     model = build_module(scratch=SMALL, texts=lambda: COLOURS).model
     before = model.encode_actions(["red green"])
@@ -71,7 +83,9 @@ def test_lora_trains_little_and_merges_into_nothing_new() -> None:
     assert merged.encode_actions(["red green"]) == pytest.approx(before, abs=1e-6)
 
 
-@pytest.mark.parametrize("values", [{"first_layers": 0}, {"lora_rank": -1}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "values", [{"first_layers": 0}, {"freeze_layers": -1}, {"lora_rank": -1}, {"dropout": 1.0}]
+)
 def test_settings_are_checked(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         AdaptConfig(**values)

@@ -133,12 +133,14 @@ def weights_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).clone()
 
 
-@pytest.mark.parametrize("refresh_every", [0, 3])
+@pytest.mark.parametrize(("refresh_every", "imitation"), [(0, 0), (3, 0), (0, 3), (0, 7)])
 def test_killed_and_resumed_run_ends_with_the_same_weights(
-    folder: Path, tmp_path: Path, refresh_every: int
+    folder: Path, tmp_path: Path, refresh_every: int, imitation: int
 ) -> None:
     def run(updates_until_kill: int | None, checkpoint: Path | None) -> torch.Tensor:
-        module = module_of(folder, "relative", 3, refresh_every=refresh_every)
+        module = module_of(
+            folder, "relative", 3, refresh_every=refresh_every, imitation_updates=imitation
+        )
         loader = RolloutLoader(Colours(), updates=9, seed=0)
         stop = Kill(updates_until_kill, tmp_path / "killed.ckpt")
         trainer = trainer_of(9, tmp_path, callbacks=[stop])
@@ -180,6 +182,18 @@ def test_learns_a_small_task(folder: Path, tmp_path: Path, critics: int) -> None
     trainer.fit(module, RolloutLoader(Colours(), updates=80, seed=0))
     assert watch.logged[3]["fact_em"] < 0.6  # two of six chunks at random: 1/3
     assert np.mean([episode.fact_em for episode in module.recent_episodes()[-64:]]) > 0.75
+
+
+def test_episodes_follow_after_imitation(folder: Path, tmp_path: Path) -> None:
+    module = module_of(folder, imitation_updates=3)
+    watch = Watch()
+    trainer_of(5, tmp_path, callbacks=[watch]).fit(
+        module, RolloutLoader(Colours(), updates=5, seed=0)
+    )
+    assert [("return" in logged) for logged in watch.logged] == [False, False, False, True, True]
+    assert all(logged["transitions_per_s"] > 0 for logged in watch.logged)
+    assert module.collector is not None
+    assert module.collector.transitions == 2 * 8 * 2  # updates, episodes, steps
 
 
 def test_logs_what_a_person_wants_to_see(folder: Path, tmp_path: Path) -> None:
@@ -301,6 +315,8 @@ def test_schedule(schedule: str) -> None:
         (PQNConfig, {"top_k_actions": 0}),
         (PQNConfig, {"environments": 0}),
         (PQNConfig, {"refresh_every": -1}),
+        (PQNConfig, {"imitation_updates": -1}),
+        (PQNConfig, {"imitation_negatives": 0}),
         (OptimizerConfig, {"lr": -1.0}),
         (OptimizerConfig, {"schedule": "step"}),
         (OptimizerConfig, {"final_ratio": 2.0}),

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import Colours, tiny_model
+
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.rotary import rotate
+from qrag_train.data.sample import SupportSample
+from qrag_train.imitation import candidates, imitation_loss
+from qrag_train.rewards import RewardConfig
+from qrag_train.settings import PQNConfig
+from qrag_train.texts import TextTable
+
+SAMPLES = [
+    SupportSample(
+        "1",
+        "where is the cup and the hat",
+        ("the red cup fell", "the blue key fell", "the green hat fell", "the black lamp fell"),
+        (0, 2),
+    ),
+    # shares a chunk with the first; its support stands there twice
+    SupportSample(
+        "2",
+        "where is the coin",
+        ("the white coin fell", "the red cup fell", "the white coin fell"),
+        (2,),
+    ),
+]
+CHOSEN = [[0, 2, 3], [2, 1]]
+CONFIG = PQNConfig(gamma=0.5, reward=RewardConfig(fact_share=0.6))
+ALPHA = 0.05
+
+
+def slow_loss(model: QRAGModel, alpha: float) -> float:
+    """State by state and chunk by chunk, in plain numbers."""
+    losses = []
+    for sample, chosen in zip(SAMPLES, CHOSEN, strict=True):
+        found: list[int] = []
+        while len(found) < len(sample.support):
+            listed = sorted(found) if model.config.state_order == "document" else found
+            chunks = [sample.chunks[i] for i in listed]
+            state = torch.from_numpy(model.encode_states([(sample.question, chunks)])[0])
+            rho = model.config.position_scheme.positions(len(sample.chunks), found)
+            q: dict[str, float] = {}
+            if model.config.positions == "none":
+                for other, some in zip(SAMPLES, CHOSEN, strict=True):
+                    for i in some:
+                        vector = torch.from_numpy(model.encode_actions([other.chunks[i]])[0])
+                        q[other.chunks[i]] = float(state @ vector)
+            else:
+                for i in chosen:
+                    vector = torch.from_numpy(model.encode_actions([sample.chunks[i]])[0])
+                    q[sample.chunks[i]] = float(state @ rotate(vector, torch.tensor(rho[i])))
+            missing = [i for i in sample.support if i not in found]
+            for i in found:
+                del q[sample.chunks[i]]
+            wanted = {sample.chunks[i] for i in missing}
+            everything = sum(math.exp(value / alpha) for value in q.values())
+            right = sum(math.exp(q[text] / alpha) for text in wanted)
+            best = max(missing, key=lambda i: q[sample.chunks[i]])
+            # 0.6 in equal shares, 0.4 with the last
+            facts, left = len(sample.support), len(missing)
+            reward = sum(0.5**t * 0.6 / facts for t in range(left)) + 0.5 ** (left - 1) * 0.4
+            error = q[sample.chunks[best]] - reward
+            losses.append(-alpha * math.log(right / everything) + 0.5 * error**2)
+            found.append(best)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("positions", ["none", "relative"])
+@pytest.mark.parametrize("order", ["document", "retrieval"])
+def test_loss_equals_the_slow_one(tmp_path: Path, positions: str, order: str) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(tmp_path, positions, scale=0.2, state_order=order)
+    loss = imitation_loss(model, TextTable(model), SAMPLES, CHOSEN, CONFIG, ALPHA)
+    assert float(loss) == pytest.approx(slow_loss(model, ALPHA), rel=1e-5)
+
+
+def test_gradients_reach_both_encoders_and_the_negatives(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, "none", scale=0.2)
+    imitation_loss(model, TextTable(model), SAMPLES, CHOSEN, CONFIG, ALPHA).backward()
+    table = model.action_encoder.transformer.model.embeddings.word_embeddings.weight
+    lamp = model.action_ids(["lamp"])[0][1]
+    key = model.action_ids(["key"])[0][1]
+    assert table.grad[lamp].abs().sum() > 0
+    assert table.grad[key].abs().sum() == 0  # was not among the chosen
+    states = model.state_encoder.transformer.model.embeddings.word_embeddings.weight
+    assert states.grad.abs().sum() > 0
+
+
+def test_candidates_are_the_support_and_others() -> None:
+    sample = Colours(n=6, support=2).sample(np.random.default_rng(0))
+    for seed in range(20):
+        some = candidates(sample, 3, np.random.default_rng(seed))
+        assert tuple(some[:2]) == sample.support
+        assert len(set(some)) == len(some) == 5
+    assert len(candidates(sample, 99, np.random.default_rng(0))) == 6
+
+
+def test_a_model_learns_to_imitate(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(tmp_path, "relative", scale=0.2)
+    table, source = TextTable(model), Colours(n=6, support=2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rng = np.random.default_rng(0)
+    losses = []
+    for _ in range(60):
+        samples = [source.sample(rng) for _ in range(8)]
+        chosen = [candidates(sample, 4, rng) for sample in samples]
+        loss = imitation_loss(model, table, samples, chosen, CONFIG, ALPHA)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:3])
