@@ -39,7 +39,7 @@ def pack(source: Path, target: Path) -> None:
 
     Each row of a matrix becomes 8-bit integers and one factor, which moves a weight by at most
     1/254 of the largest in its row; vectors become float16. A matrix that both encoders have, such
-    as frozen word embeddings, is kept once.
+    as frozen word embeddings, is kept once, and so is a file that both have, such as a tokenizer.
 
     Args:
         source: Folder that `QRAGModel.save_pretrained` wrote.
@@ -58,6 +58,8 @@ def pack(source: Path, target: Path) -> None:
                 kept |= _packed(own, tensor)
     save_file(kept, target / WEIGHTS, metadata={"places": json.dumps(places)})
     digests = {f.relative_to(target).as_posix(): _sha256(f) for f in _files(target)}
+    for name in digests.keys() - set(_firsts(digests).values()):
+        (target / name).unlink()
     (target / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
@@ -71,8 +73,10 @@ def unpack(source: Path, target: Path) -> None:
     Raises:
         ModelFormatError: If a file is not what the manifest names, or the weights are damaged.
     """
-    check_manifest(source)
-    _copy(source, target, except_for=(WEIGHTS, MANIFEST))
+    digests = check_manifest(source)
+    firsts = _firsts(digests)
+    for name in digests.keys() - {WEIGHTS}:
+        _copy_file(source / firsts[digests[name]], target / name)
     with safe_open(source / WEIGHTS, framework="pt") as stored:
         places: dict[str, str] = json.loads(stored.metadata()["places"])
     kept = load_file(source / WEIGHTS)
@@ -84,8 +88,12 @@ def unpack(source: Path, target: Path) -> None:
         save_file(tensors, target / name, metadata={"format": "pt"})
 
 
-def check_manifest(folder: Path) -> None:
+def check_manifest(folder: Path) -> dict[str, str]:
     """Compare every file with the manifest.
+
+    Returns:
+        The SHA-256 of each file of the model by its name. Of equal files the first alone has to be
+        in the folder.
 
     Raises:
         ModelFormatError: If there is no manifest, a file is missing, or it differs.
@@ -94,16 +102,23 @@ def check_manifest(folder: Path) -> None:
     if not file.is_file():
         raise ModelFormatError(f"{folder} has no {MANIFEST}; copy or install the model again.")
     try:
-        digests: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-        named = {folder / name: digest for name, digest in digests.items()}
+        digests: dict[str, str] = dict(json.loads(file.read_text(encoding="utf-8")).items())
+        stored = {folder / name for name in _firsts(digests).values()}
+        repeated = {folder / name for name in digests if (folder / name).exists()}
     except (ValueError, AttributeError, TypeError) as error:
         raise ModelFormatError(f"{file} is damaged: {error}. Copy the model again.") from error
-    for path, digest in named.items():
-        check_sha256(path, digest)
-    if foreign := set(_files(folder)) - set(named) - {file}:
+    for path in sorted(stored | repeated):
+        check_sha256(path, digests[path.relative_to(folder).as_posix()])
+    if foreign := set(_files(folder)) - stored - repeated - {file}:
         raise ModelFormatError(
             f"{min(foreign)} does not belong to the model; copy or install it again."
         )
+    return digests
+
+
+def _firsts(digests: dict[str, str]) -> dict[str, str]:
+    """Of the files of each content the first, which is the one that is stored."""
+    return {digests[name]: name for name in sorted(digests, reverse=True)}
 
 
 def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -125,9 +140,12 @@ def _unpacked(kept: dict[str, Tensor], name: str) -> Tensor:
 def _copy(source: Path, target: Path, except_for: tuple[str, ...]) -> None:
     for file in _files(source):
         if file.name not in except_for:
-            copy = target / file.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            _copy_file(file, target / file.relative_to(source))
+
+
+def _copy_file(file: Path, copy: Path) -> None:
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, copy)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from qrag_retriever import QRAGModel, model_files
-from qrag_retriever.compact import MANIFEST, WEIGHTS
+from qrag_retriever.compact import MANIFEST, WEIGHTS, unpack
 from qrag_retriever.errors import ModelFormatError
 
 
@@ -52,6 +52,32 @@ def test_what_both_encoders_have_is_kept_once(trained: QRAGModel, tmp_path: Path
     assert sum("layer.0.attention.self.query.weight" in name for name in kept) >= 2
 
 
+def test_equal_files_are_stored_once_and_come_back_under_every_name(
+    trained: QRAGModel, tmp_path: Path
+) -> None:
+    plain = trained.save_pretrained(tmp_path / "plain")
+    folder = trained.save_pretrained(tmp_path / "compact", compact=True)
+    assert len(list(plain.rglob("tokenizer.json"))) == 2
+    assert len(list(folder.rglob("tokenizer.json"))) == 1
+    unpack(folder, tmp_path / "back")
+    for file in sorted(plain.rglob("*")):
+        if file.is_file() and file.suffix not in {".safetensors", ".md"}:
+            assert (tmp_path / "back" / file.relative_to(plain)).read_bytes() == file.read_bytes()
+
+
+def test_an_equal_file_that_is_stored_again_is_read_too(trained: QRAGModel, tmp_path: Path) -> None:
+    plain = trained.save_pretrained(tmp_path / "plain")
+    folder = trained.save_pretrained(tmp_path / "compact", compact=True)
+    for file in plain.rglob("tokenizer.json"):
+        copied = folder / file.relative_to(plain)
+        copied.parent.mkdir(exist_ok=True)
+        copied.write_bytes(file.read_bytes())
+    assert QRAGModel.from_pretrained(folder).config == trained.config
+    copied.write_bytes(b"{}")
+    with pytest.raises(ModelFormatError, match="SHA-256"):
+        QRAGModel.from_pretrained(folder)
+
+
 def test_what_is_packed_again_stays_the_same(trained: QRAGModel, tmp_path: Path) -> None:
     once = trained.save_pretrained(tmp_path / "a", compact=True)
     twice = QRAGModel.from_pretrained(once).save_pretrained(tmp_path / "b", compact=True)
@@ -67,6 +93,7 @@ def test_what_is_packed_again_stays_the_same(trained: QRAGModel, tmp_path: Path)
         (lambda f: (f / MANIFEST).unlink(), "has no manifest.json"),
         (lambda f: (f / MANIFEST).write_text("[]"), "is damaged"),
         (lambda f: (f / "qrag_config.json").unlink(), "qrag_config.json"),
+        (lambda f: next(f.rglob("tokenizer.json")).unlink(), "tokenizer.json is missing"),
         (lambda f: (f / "more.txt").write_text("x"), "does not belong to the model"),
     ],
 )
