@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _LARGEST = 127
 _PART = 2 * _LARGEST + 1  # a vector is split into 255·high + low
+_FINE = 3  # coefficients of a polynomial in 16 bits; those of higher powers are small
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class QuantizedRows:
         return products.mul_(steps[:, :, None]).mul_(self.scales).permute(2, 1, 0)
 
 
-def in_parts(vectors: Tensor, counts: Sequence[int], fine: int) -> tuple[Tensor, Tensor]:
+def in_parts(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Vectors in 16 bits, ``step * (255 * high + low)``, or in 8; high and low from -127 to 127.
 
     A product with one of 16 bits is off by about 1e-5 of the lengths of vector and row, much less
@@ -96,22 +97,21 @@ def in_parts(vectors: Tensor, counts: Sequence[int], fine: int) -> tuple[Tensor,
     Args:
         vectors: P vectors for each run of each state, one state's after the other's, ``[R, P, d]``.
         counts: Number of runs of each of the S states.
-        fine: How many of the P, the first ones, take 16 bits.
 
     Returns:
-        Low of all, then high of the fine ones, int8 ``[R, P + fine, d]``; and the step of each
-        state's vectors, ``[S, P]``.
+        Low of all, then high of the first ones, which take 16 bits, int8 ``[R, P + fine, d]``; and
+        the step of each state's vectors, ``[S, P]``.
     """
     largest = torch.stack(
         [of_state.abs().amax(dim=(0, 2)) for of_state in torch.split(vectors, list(counts))]
     )
     levels = largest.new_full((vectors.shape[1],), _LARGEST)
-    levels[:fine] *= _PART + 1
+    levels[:_FINE] *= _PART + 1
     steps = (largest / levels).clamp_(min=torch.finfo(torch.float32).tiny)
     runs = torch.tensor(counts, device=steps.device)
     low = (vectors / steps.repeat_interleave(runs, dim=0)[:, :, None]).round_()
-    high = (low[:, :fine] / _PART).round_()
-    low[:, :fine].sub_(high, alpha=_PART)
+    high = (low[:, :_FINE] / _PART).round_()
+    low[:, :_FINE].sub_(high, alpha=_PART)
     return torch.cat([low, high], dim=1).to(torch.int8), steps
 
 

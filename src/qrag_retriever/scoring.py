@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 
 # Interpolated in P Chebyshev nodes on a run of ρ-width w, Q is off by at most 2 (w/4)^P / P! of
 # |s||a|, reached only if all components turn at the highest frequency: 7.6e-7 and 6.8e-7 here, and
-# 1.8e-5 for rows of 8 bits, which are off by far more themselves.
+# 2.1e-5 for rows of 8 bits, which are off by far more themselves.
 _NARROW = (0.22, 4)  # fewer vectors
 _WIDE = (1.0, 6)  # fewer runs
-_QUANTIZED = (0.15, 3)  # fewer vectors still
+_QUANTIZED = (0.5, 4)  # of rows of 8 bits, where a further vector costs next to nothing
 
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _BLOCK = 1 << 20  # numbers in a temporary: 4 MB in float32
@@ -156,8 +156,7 @@ def _score_by_piece(
     columns = nodes * run.shape[1]
     parts, steps = None, None
     if corpus.in_integers:
-        # on a narrow run the terms after the constant one are small
-        parts, steps = in_parts(vectors, counts, 1 if nodes == _QUANTIZED[1] else nodes)
+        parts, steps = in_parts(vectors, counts)
     for some in pieces.groups(corpus.block_rows(columns), _BLOCK // (columns * vectors.shape[2])):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)

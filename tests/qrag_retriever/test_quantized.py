@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qrag_retriever import scoring
+from qrag_retriever import quantized, scoring
 from qrag_retriever.positions import PositionScheme
 from qrag_retriever.quantized import QuantizedRows, in_parts, multiplies_integers
 from qrag_retriever.scoring import score
@@ -27,13 +27,14 @@ def rows(count: int, d: int) -> QuantizedRows:
 
 
 @pytest.mark.parametrize("fine", [1, 2])
-def test_products_in_integers(fine):
+def test_products_in_integers(fine, monkeypatch):
+    monkeypatch.setattr(quantized, "_FINE", fine)
     matrix, edges = rows(37, 16), np.array([0, 5, 6, 37])
     vectors = torch.randn(5, 2, 16)  # of two states, which have two and three runs
     vectors[2:] *= 1000
     vectors[:2, 0] = 0
     runs = torch.tensor([[0, 2], [1, 3], [1, 4]])  # in each stretch
-    parts, steps = in_parts(vectors, [2, 3], fine)
+    parts, steps = in_parts(vectors, [2, 3])
     found = matrix.products(edges, parts[runs], steps)
     assert found.shape == (37, 2, 2)
     largest = [of_state.abs().amax(dim=(0, 2)) for of_state in (vectors[:2], vectors[2:])]
@@ -50,7 +51,7 @@ def test_products_in_integers(fine):
 
 
 @pytest.mark.parametrize("retrieved", [[], [7, 30_000, 59_000]])
-def test_on_narrow_runs_terms_of_8_bits_lose_less_than_rows_of_8_bits(retrieved):
+def test_terms_of_8_bits_lose_less_than_rows_of_8_bits(retrieved):
     torch.manual_seed(0)
     exact, state = torch.randn(60_000, 64), torch.randn(1, 64)
     scales = exact.abs().amax(dim=1) / 127
