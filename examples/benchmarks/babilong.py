@@ -70,7 +70,7 @@ def main() -> None:
     results = Results(options, "babilong")
     background = BackgroundText.from_folder(options.background)
     models = [load(run, background.sentences) for run in options.runs]
-    before = Judged("untrained", start_of(models[0].model, options.encoder), background.sentences)
+    before = start_of(models[0].model, options.encoder, background.sentences)
     runs = []
     for task in tasks(options):
         for run, model in zip(options.runs, models, strict=True):

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_retriever.errors import ReaderError
+from qrag_retriever.offline import DEFAULT_ENCODER
 from qrag_retriever.search import Beam, Pick, best_actions
 from qrag_train.evaluation import EmbeddedTexts, in_groups, judge, search_samples, steps_above
 from qrag_train.journal import Journal, content_key
@@ -328,11 +329,16 @@ def load(path: Path, texts: Iterable[str]) -> Judged:
     return Judged(name, QRAGModel.from_pretrained(folder), texts)
 
 
-def start_of(model: QRAGModel | None, encoder: str | None) -> QRAGModel:
-    """The encoder to compare with: as named, or the model's own before training, or MiniLM."""
+def start_of(model: QRAGModel | None, encoder: str | None, texts: Iterable[str]) -> Judged:
+    """The encoder to compare with: as named, or the model's own before training, or MiniLM.
+
+    MiniLM has its name in the tables where it stands in for a start that is not to be had.
+    """
     before = None if model is None or encoder is not None else untrained(model)
     positions = "none" if model is None else model.config.positions
-    return before or QRAGModel.from_encoder(encoder, positions)
+    stand_in = model is not None and encoder is None and before is None
+    name = f"untrained {DEFAULT_ENCODER.rpartition('/')[2]}" if stand_in else "untrained"
+    return Judged(name, before or QRAGModel.from_encoder(encoder, positions), texts)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -6,10 +6,11 @@
         --json FILE
 
 Each question is searched among its own candidates (T = 2, 4 and 4), then among all passages of its
-file (five of them retrieved). Beside each model, greedy and with beams, stand BM25, one dense
-search with the encoder that it started from, and the same loop with that encoder; without a model
-those alone are judged. ``--dense`` adds one search by an embedder as it was published. What was
-measured is kept in a journal beside the figures: a run that was stopped goes on where it was.
+file (five of them retrieved). Beside each model, among a question's own candidates with beams too,
+stand BM25, one dense search with the encoder that it started from, and the same loop with that
+encoder; without a model those alone are judged. ``--dense`` adds one search by an embedder as it
+was published. What was measured is kept in a journal beside the figures: a run that was stopped
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -65,14 +66,15 @@ def main() -> None:
     texts = {chunk for chunks in corpora.values() for chunk in chunks}
     models = [load(path, texts) for path in options.models]
     trained = models[0].model if models else None
-    before = Judged("untrained", start_of(trained, options.encoder), texts)
+    before = start_of(trained, options.encoder, texts)
     dense = [
         Judged(name.rpartition("/")[2], QRAGModel.from_encoder(name), texts)
         for name in options.dense
     ]
     for name, samples, k, shared in sets:
         greedy = [model.steps(k, read=not shared) for model in models]
-        plans = [model.steps(k, options.beams) for model in models if options.beams > 1]
+        wide = options.beams > 1 and not shared
+        plans = [model.steps(k, options.beams) for model in models if wide]
         once = [model.once(k) for model in models]
         single = [embedder.once(k) for embedder in [before, *dense]]
         for method in [*greedy, *plans, *once, before.steps(k), *single, bm25(k)]:

@@ -56,7 +56,7 @@ def main() -> None:
     texts = background.sentences
     models = [load(path, texts) for path in options.models]
     trained = models[0].model if models else None
-    before = Judged("untrained", start_of(trained, options.encoder), texts)
+    before = start_of(trained, options.encoder, texts)
     tasks = [task for task in options.tasks if questions.get(task, True)]
     for tokens in options.tokens:
         for task in tasks:

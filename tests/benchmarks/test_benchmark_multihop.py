@@ -47,6 +47,14 @@ def test_an_embedder_as_it_was_published(tmp_path):
     assert found["recall@2"] == pytest.approx(np.mean(recalls), abs=1e-4)
 
 
+def test_what_stands_in_for_a_start_that_is_gone_has_its_own_name(tmp_path):
+    model = QRAGModel.from_pretrained(save_model(tmp_path), device="cpu")
+    assert bench.start_of(model, None, ()).name == "untrained"
+    shutil.rmtree(tmp_path / "encoder")
+    with pytest.warns(UserWarning, match="left out"):
+        assert bench.start_of(model, None, ()).name == "untrained all-MiniLM-L6-v2"
+
+
 def test_rows_files_and_resuming(tmp_path, monkeypatch):
     model, hotpotqa = save_model(tmp_path), write_hotpotqa(tmp_path)
     json_file = tmp_path / "out" / "m.json"
@@ -58,8 +66,10 @@ def test_rows_files_and_resuming(tmp_path, monkeypatch):
     corpus = pooled(samples)
     size = len({chunk for sample in samples for chunk in sample.chunks})
     sets = ["HotpotQA, 6 candidates", f"HotpotQA, pool of {size}"]
-    assert [row["data"] for row in rows] == [name for name in sets for _ in METHODS]
+    greedy = [method for method in METHODS if "beams" not in method]
+    assert [row["data"] for row in rows] == [sets[0]] * len(METHODS) + [sets[1]] * len(greedy)
     assert [row["retrieval"] for row in rows[:7]] == METHODS
+    assert [row["retrieval"].replace(" 5 ", " 2 ") for row in rows[8:]] == greedy[1:]
     assert all(row["questions"] == 3 for row in rows)
     # the model was not trained: it is its own start
     assert {**rows[4], "retrieval": ""} == {**rows[0], "retrieval": ""}
