@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning
 from lightning.pytorch.callbacks import Callback, Checkpoint, TQDMProgressBar
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from qrag_train.data.datamodule import SupportDataModule
     from qrag_train.validation import ValidatedTrainingModule
+
+Criterion = Literal["return", "fact_em"]
 
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _SHOWN = ("return", "fact_em", "loss", "alpha", "transitions_per_s", "val/fact_em")
@@ -139,17 +141,23 @@ class BestModel(Callback):
     """Writes the model to a folder whenever it did better than ever on validation data.
 
     Better is a higher return, what training is after: the support found, and after few steps. Of
-    a few hundred questions Fact-EM counts the rare failures alone, which is more a matter of luck.
+    a few hundred questions Fact-EM counts the rare failures alone, which is more a matter of luck;
+    but where detours are learned it is Fact-EM that tells, since a low discount makes detours cost
+    more return than failures do.
 
     Args:
         folder: Where the model is written.
         record: What the model's `training` field says of data and settings.
+        by: Which of the two decides; the other one where it is equal.
     """
 
-    def __init__(self, folder: Path, record: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path, record: Mapping[str, Any] | None = None, by: Criterion = "return"
+    ) -> None:
         self._folder = folder
         self._record = dict(record or {})
-        self.score: tuple[float, float] | None = None
+        self._names = sorted(get_args(Criterion), key=lambda name: name != by)
+        self.score: tuple[float, ...] | None = None
         self.judged_at = -1
 
     def on_validation_end(
@@ -163,13 +171,18 @@ class BestModel(Callback):
             for name, value in trainer.callback_metrics.items()
             if name.startswith("val/")
         }
-        score = (figures["val/return"], figures["val/fact_em"])
+        score = tuple(figures[f"val/{name}"] for name in self._names)
         self.judged_at = trainer.global_step
         if self.score is None or score > self.score:
             self.score = score
             if trainer.is_global_zero:
                 record = {**self._record, "updates": trainer.global_step, "figures": figures}
                 export(pl_module, self._folder, record)  # type: ignore[arg-type]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Return and Fact-EM of the best model; nothing before the first validation."""
+        return dict(zip(self._names, self.score or (), strict=False))
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""

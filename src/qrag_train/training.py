@@ -23,6 +23,7 @@ from qrag_train.callbacks import (
     LAST_CHECKPOINT,
     AtomicCheckpointIO,
     BestModel,
+    Criterion,
     HardNegatives,
     LastCheckpoint,
     ProgressBar,
@@ -125,6 +126,12 @@ class TrainingCLI(LightningCLI):
             help="Go on from the last checkpoint of the run in --output_dir.",
         )
         parser.add_argument(
+            "--best_by",
+            type=Criterion,
+            default="return",
+            help="What the best model has the highest of on the validation data.",
+        )
+        parser.add_argument(
             "--checkpoint_minutes",
             type=float,
             default=10.0,
@@ -187,7 +194,8 @@ class TrainingCLI(LightningCLI):
             callbacks.append(ProgressBar())
         if self.subcommand == "fit":
             minutes = self._get(self.config, "checkpoint_minutes")
-            self.best = BestModel(self.model_folder, self._record())
+            by = self._get(self.config, "best_by")
+            self.best = BestModel(self.model_folder, self._record(), by)
             callbacks += [
                 HardNegatives(),
                 self.best,
@@ -245,13 +253,12 @@ class TrainingCLI(LightningCLI):
         """Judge the last weights, draw the curves and say where all is."""
         if self.best.judged_at != self.trainer.global_step:
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
-        if self.trainer.is_global_zero and self.best.score is not None:
+        if self.trainer.is_global_zero and (best := self.best.figures):
             self._draw_curves()
-            worth, fact_em = self.best.score
             print(
-                f"The best model is in {self.model_folder}: validation return {worth:.3f}, "
-                f"Fact-EM {fact_em:.3f}.\nCurves, logs and the last checkpoint are in "
-                f"{self.output_dir}."
+                f"The best model is in {self.model_folder}: validation return "
+                f"{best['return']:.3f}, Fact-EM {best['fact_em']:.3f}.\n"
+                f"Curves, logs and the last checkpoint are in {self.output_dir}."
             )
 
 

@@ -17,6 +17,7 @@ from qrag_train.build import AdaptConfig, adapted
 from qrag_train.callbacks import (
     AtomicCheckpointIO,
     BestModel,
+    Criterion,
     LastCheckpoint,
     ProgressBar,
     ProgressLines,
@@ -146,8 +147,13 @@ class Scores(lightning.Callback):
         trainer.callback_metrics.update(figures)
 
 
-def test_the_best_model_has_the_best_return_then_the_best_em(
-    module: ValidatedTrainingModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("by", "updates"), [("return", [2, 8, 10]), ("fact_em", [2, 4, 12])])
+def test_the_best_model_has_the_best_return_then_the_best_em_or_the_reverse(
+    module: ValidatedTrainingModule,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    by: Criterion,
+    updates: list[int],
 ) -> None:
     class Spy(BestModel):
         exported: ClassVar[list[int]] = []
@@ -156,10 +162,13 @@ def test_the_best_model_has_the_best_return_then_the_best_em(
         "qrag_train.callbacks.export",
         lambda module, folder, record: Spy.exported.append(record["updates"]),
     )
-    scores = Scores((0.3, 0.5), (0.4, 0.4), (0.3, 0.5), (0.31, 0.5), (0.1, 0.7))
+    scores = Scores((0.3, 0.5), (0.4, 0.4), (0.3, 0.5), (0.31, 0.5), (0.1, 0.7), (0.4, 0.45))
     monkeypatch.setattr(lightning.Trainer, "callback_metrics", {}, raising=True)
-    fit(module, tmp_path, 10, callbacks=[scores, Spy(tmp_path / "model")])
-    assert Spy.exported == [2, 8, 10]
+    spy = Spy(tmp_path / "model", by=by)
+    fit(module, tmp_path, 12, callbacks=[scores, spy])
+    assert Spy.exported == updates
+    best = {"return": (0.7, 0.1), "fact_em": (0.45, 0.4)}[by]
+    assert (spy.figures["return"], spy.figures["fact_em"]) == pytest.approx(best)
 
 
 def test_the_best_score_survives_a_checkpoint() -> None:
