@@ -1,12 +1,11 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
-    python examples/benchmarks/ship.py runs/multihop_en runs/multihop_en_2 runs/multihop_en_3 \
-        --name multihop-en --keep-em 0.01 \
-        --set max_chunk_tokens=112 max_chunk_tokens_in_state=80 max_state_tokens=400
-    python examples/benchmarks/ship.py runs/babilong_long --name babilong
+    python examples/benchmarks/ship.py runs/multihop_en --name multihop-en --last --keep-em 0.01 \
+        --set max_chunk_tokens=192 max_chunk_tokens_in_state=96 max_state_tokens=512
+    python examples/benchmarks/ship.py runs/babilong_hands --name babilong
 
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
-settings of the first.
+settings of the first. With ``--last`` the weights at the end of each run count beside its best.
 The threshold is chosen on the last run's own validation questions, by the compact model, whose
 weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
 configs, logs and curves to examples/benchmarks/results.
@@ -27,10 +26,12 @@ from safetensors.torch import load_file, save_file
 
 from qrag_retriever import QRAGConfig, QRAGModel, SearchOptions, compact
 from qrag_retriever.model_files import CONFIG_FILE
+from qrag_retriever.search import Beam
 from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
+from qrag_train.callbacks import LAST_CHECKPOINT
 from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
-from qrag_train.evaluation import evaluate, search_samples
+from qrag_train.evaluation import judge, search_samples
 
 ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "src" / "qrag_retriever" / "models"
@@ -43,14 +44,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         plain, small = Path(place, options.name), Path(place, "compact")
         shutil.copytree(options.runs[0] / "model", plain)
-        average([run / "model" for run in options.runs], plain)
+        parts = [run / "model" for run in options.runs]
+        if options.last:
+            parts += [last_weights(run, Path(place, str(i))) for i, run in enumerate(options.runs)]
+        average(parts, plain)
         change(plain / CONFIG_FILE, dict(options.set))
-        samples = questions(options.runs[-1])
-        if len(options.runs) > 1:
-            describe(plain / CONFIG_FILE, options.runs, pack(plain, small), samples)
-        model = pack(plain, small)
-        chosen = calibrated(model, samples, options.keep_em)
-        write_threshold(plain, chosen, model.config.max_steps)
+        samples, model = questions(options.runs[-1]), pack(plain, small)
+        budget = model.config.max_steps
+        beams = search_samples(model, samples, SearchOptions(budget, runners_up=0))
+        supports = [sample.support for sample in samples]
+        if len(parts) > 1:
+            describe(plain / CONFIG_FILE, options, judge(beams, supports, budget))
+        chosen = calibrated(beams, supports, options.keep_em)
+        write_threshold(plain, chosen, budget)
         pack(plain, small)
         target = MODELS / options.name
         shutil.rmtree(target, ignore_errors=True)
@@ -65,6 +71,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, help="folders of qrag-train fit")
     parser.add_argument("--name", required=True, help="name of the model in the package")
+    parser.add_argument(
+        "--last", action="store_true", help="take the mean of each run's best and last weights"
+    )
     parser.add_argument(
         "--keep-em",
         type=float,
@@ -103,22 +112,33 @@ def average(folders: Sequence[Path], target: Path) -> None:
         save_file(means, file, metadata={"format": "pt"})
 
 
-def describe(
-    file: Path, runs: Sequence[Path], model: QRAGModel, samples: Sequence[SupportSample]
-) -> None:
-    """Say in a model's settings which runs it is the mean of, and how it does."""
+def last_weights(run: Path, target: Path) -> Path:
+    """Write a model folder with the weights at the end of a run, means over its last updates."""
+    state = torch.load(run / LAST_CHECKPOINT, map_location="cpu", weights_only=False)["state_dict"]
+    model = QRAGModel.from_pretrained(run / "model", device="cpu")
+    averaged = {name: value for name, value in state.items() if name.startswith("averaged.")}
+    model.load_state_dict({name.partition(".")[2]: value for name, value in averaged.items()})
+    return model.save_pretrained(target)
+
+
+def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -> None:
+    """Say in a model's settings which weights it is the mean of, and how it does."""
     config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
-    found = evaluate(model, samples, SearchOptions(config.max_steps))
+    names = [run.name for run in options.runs]
     training = {
         **config.training,
-        "mean_of": [run.name for run in runs],
-        "updates": sum(updates(run) for run in runs),
+        "mean_of": [*names, *(f"the end of {name}" for name in names if options.last)],
+        "updates": sum(updates(run, options.last) for run in options.runs),
         "figures": {name: found[name] for name in ("fact_em", "fact_f1")},
     }
     file.write_text(config.replace(training=training).to_json(), encoding="utf-8")
 
 
-def updates(run: Path) -> int:
+def updates(run: Path, last: bool) -> int:
+    """Updates that a run's best, or last, weights took."""
+    if last:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        return int(config["trainer"]["max_steps"])
     text = (run / "model" / CONFIG_FILE).read_text(encoding="utf-8")
     return int(QRAGConfig.from_json(text).training.get("updates", 0))
 
@@ -142,11 +162,9 @@ def questions(run: Path) -> list[SupportSample]:
 
 
 def calibrated(
-    model: QRAGModel, samples: Sequence[SupportSample], keep_em: float | None
+    beams: Sequence[Beam], supports: Sequence[Sequence[int]], keep_em: float | None
 ) -> Calibration:
     """The threshold, by the best Fact-F1 or by the Fact-EM that remains."""
-    beams = search_samples(model, samples, SearchOptions(model.config.max_steps, runners_up=0))
-    supports = [sample.support for sample in samples]
     if keep_em is None:
         return choose_threshold(beams, supports)
     whole = judge_thresholds(beams, supports).fact_em[-1]

@@ -72,7 +72,7 @@ def model_card(name: str, config: QRAGConfig) -> str:
         name: How examples call the model.
         config: Its settings; `training` may hold ``figures``, ``calibration``, ``data``,
             ``settings``, ``updates``, the ``max_steps`` of the figures, and as ``mean_of`` the
-            runs whose weights were averaged.
+            names of what was averaged.
     """
     training = config.training
     model = json.loads(config.replace(training={}).to_json())
@@ -94,8 +94,8 @@ def _mean_of(runs: Sequence[str]) -> str:
     if not runs:
         return ""
     return (
-        f" (the weights are the mean over the runs {', '.join(runs)}, of which each went on from "
-        "the first or was it; data and settings below are the first run's)"
+        f" (the weights are the mean of those of {', '.join(runs)}; data and settings below are "
+        "the first one's)"
     )
 
 

@@ -50,7 +50,7 @@ def test_the_mean_of_two_runs(runs: list[Path], package: Path, tmp_path: Path) -
     run(ship, *runs, "--name", "ours", "--set", "max_chunk_tokens=64")
     shipped = QRAGModel.from_pretrained(package / "ours", device="cpu")
     assert shipped.config.max_chunk_tokens == 64
-    assert "mean over the runs mine, second," in (package / "ours" / "README.md").read_text()
+    assert "mean of those of mine, second;" in (package / "ours" / "README.md").read_text()
     found = evaluate(shipped, read_hotpotqa(tmp_path / "hotpot.json"), SearchOptions(2))
     figures = shipped.config.training["figures"]
     assert figures == pytest.approx({name: found[name] for name in figures})
@@ -71,6 +71,27 @@ def test_the_mean_of_two_runs(runs: list[Path], package: Path, tmp_path: Path) -
             "metrics_0.csv",
         }
         assert str(tmp_path) not in (kept / "config.yaml").read_text().splitlines()[0]
+
+
+def test_the_mean_of_a_runs_best_and_last_weights(
+    runs: list[Path], package: Path, tmp_path: Path
+) -> None:
+    first, second = runs
+    config = first / "config.yaml"
+    config.write_text(config.read_text() + "trainer: {max_steps: 7}\n")
+    last = QRAGModel.from_pretrained(second / "model", device="cpu").state_dict()
+    (first / "checkpoints").mkdir()
+    state = {f"averaged.{name}": value for name, value in last.items()}
+    state |= {f"model.{name}": torch.zeros_like(value) for name, value in last.items()}
+    torch.save({"state_dict": state}, first / "checkpoints" / "last.ckpt")
+    run(ship, *runs, "--name", "of_runs")
+    run(ship, first, "--name", "of_one", "--last")
+    expected, found = (
+        QRAGModel.from_pretrained(package / name, device="cpu") for name in ("of_runs", "of_one")
+    )
+    assert np.array_equal(found.encode_actions(TEXTS), expected.encode_actions(TEXTS))
+    assert found.config.training["mean_of"] == ["mine", "the end of mine"]
+    assert found.config.training["updates"] == 7
 
 
 def test_the_threshold_is_chosen_by_the_model_that_ships(runs: list[Path], package: Path) -> None:
