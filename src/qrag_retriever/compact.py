@@ -107,6 +107,10 @@ def check_manifest(folder: Path) -> dict[str, str]:
         repeated = {folder / name for name in digests if (folder / name).exists()}
     except (ValueError, AttributeError, TypeError) as error:
         raise ModelFormatError(f"{file} is damaged: {error}. Copy the model again.") from error
+    if outside := [
+        name for name in digests if Path(name).is_absolute() or ".." in Path(name).parts
+    ]:
+        raise ModelFormatError(f"{file} names {min(outside)}, outside the model; do not use it.")
     for path in sorted(stored | repeated):
         check_sha256(path, digests[path.relative_to(folder).as_posix()])
     if foreign := set(_files(folder)) - stored - repeated - {file}:

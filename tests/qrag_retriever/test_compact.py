@@ -106,6 +106,18 @@ def test_a_changed_file_is_refused(
         QRAGModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt"])
+def test_a_manifest_cannot_write_outside_the_model(
+    trained: QRAGModel, tmp_path: Path, name: str
+) -> None:
+    folder = trained.save_pretrained(tmp_path / "compact", compact=True)
+    digests = json.loads((folder / MANIFEST).read_text())
+    digests[name] = digests["README.md"]
+    (folder / MANIFEST).write_text(json.dumps(digests))
+    with pytest.raises(ModelFormatError, match="outside the model"):
+        QRAGModel.from_pretrained(folder)
+
+
 def test_a_model_of_the_package_is_found_by_its_name(
     trained: QRAGModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
