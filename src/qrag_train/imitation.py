@@ -42,23 +42,29 @@ def imitation_loss(
     chosen: Sequence[Sequence[int]],
     config: PQNConfig,
     alpha: float,
+    detours: Sequence[int | None] | None = None,
 ) -> Tensor:
     """``mean over states of V(s) - V_M(s) + ½(Q(s, a*) - G)²``, with gradients.
 
-    States are those of an episode that fetches nothing but support, each time the missing chunk
-    a* with the highest Q. V is the soft value (eq. 4) over the missing support M and the negatives,
-    V_M that over M alone: their difference is ``-α log Σ_{a ∈ M} π(a|s)`` (eq. 3), 0 where the soft
-    policy fetches missing support for certain. G, the discounted reward of the episode from there
-    on, keeps Q in the range of rewards. Without positions, chunks of the other samples are
-    negatives too.
+    States are those of an episode that fetches the missing chunk a* with the highest Q each time,
+    and once, where a detour is asked for, the chunk without support that has the highest Q. V is
+    the soft value (eq. 4) over the missing support M and the negatives, V_M that over M alone:
+    their difference is ``-α log Σ_{a ∈ M} π(a|s)`` (eq. 3), 0 where the soft policy fetches missing
+    support for certain. G, the discounted reward of the episode from there on, keeps Q in the range
+    of rewards. Without positions, chunks of the other samples are negatives too.
+
+    Where success does not end an episode, and leaves steps of the budget, nothing is worth anything
+    any more: the loss of that state is the mean of ``½ Q(s, a)²`` over the sample's negatives.
 
     Args:
         model: The model.
         table: Token ids of texts.
         samples: Questions with their support.
         chosen: Chunks of each to embed: the support, and negatives.
-        config: Rewards and discount.
+        config: Rewards, discount and budget.
         alpha: Temperature α.
+        detours: How much of the support each question's episode fetches before its detour; it has
+            none where that is ``None``, or the budget does not last, or there is no negative.
 
     Returns:
         Scalar float32.
@@ -66,6 +72,8 @@ def imitation_loss(
     texts = [[sample.chunks[i] for i in some] for sample, some in zip(samples, chosen, strict=True)]
     rows = {text: row for row, text in enumerate(dict.fromkeys(t for own in texts for t in own))}
     actions = embed(model.action_encoder, table.action_ids(table.numbers(list(rows)).tolist()))
+    budget = config.max_steps or model.config.max_steps
+    due = list(detours or [None] * len(samples))
     found: list[list[int]] = [[] for _ in samples]
     losses: list[Tensor] = []
     going_on = list(range(len(samples)))
@@ -73,22 +81,36 @@ def imitation_loss(
         asked = [
             (samples[e].question, _state_chunks(model, samples[e], found[e])) for e in going_on
         ]
-        for state, e in zip(
-            embed(model.state_encoder, table.state_ids(asked)), going_on, strict=True
-        ):
+        states = embed(model.state_encoder, table.state_ids(asked))
+        at, going_on = going_on, []
+        for state, e in zip(states, at, strict=True):
+            sample = samples[e]
             own = [rows[text] for text in texts[e]]
-            q = _q_values(model, state, actions, own, samples[e], chosen[e], found[e])
-            missing = [i for i in samples[e].support if i not in found[e]]
-            wanted = [rows[samples[e].chunks[i]] for i in missing]
-            held = [row for i in found[e] if (row := rows[samples[e].chunks[i]]) not in wanted]
+            q = _q_values(model, state, actions, own, sample, chosen[e], found[e])
+            row_of = {i: rows[sample.chunks[i]] for i in (*chosen[e], *found[e])}
+            missing = [i for i in sample.support if i not in found[e]]
+            wanted = [row_of[i] for i in missing]
+            held = [row_of[i] for i in found[e] if row_of[i] not in wanted]
+            others = [i for i in chosen[e] if row_of[i] not in {*held, *wanted}]
+            q_of_others = q[[row_of[i] for i in others]]
+            if not missing:
+                if others:
+                    losses.append(0.5 * q_of_others.square().mean())
+                continue
             q = q.index_fill(0, torch.tensor(held, dtype=torch.long, device=q.device), -torch.inf)
             best = int(q.detach()[wanted].argmax())
             gap = torch.logsumexp(q / alpha, 0) - torch.logsumexp(q[wanted] / alpha, 0)
             rest = [missing[best], *missing[:best], *missing[best + 1 :]]
-            error = q[wanted[best]] - _return_of(rest, found[e], samples[e], config)
+            error = q[wanted[best]] - _return_of(rest, found[e], sample, config)
             losses.append(alpha * gap + 0.5 * error.square())
-            found[e].append(missing[best])
-        going_on = [e for e in going_on if len(found[e]) < len(samples[e].support)]
+            spare = budget - len(found[e]) - len(missing)
+            detour = due[e] == len(found[e]) and bool(others) and spare > 0
+            chunk = others[int(q_of_others.detach().argmax())] if detour else missing[best]
+            found[e].append(chunk)
+            due[e] = None if detour else due[e]
+            complete = len(missing) == 1 and not detour
+            if not complete or (spare > 0 and not config.reward.stop_on_success):
+                going_on.append(e)
     return torch.stack(losses).mean()
 
 

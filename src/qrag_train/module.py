@@ -109,8 +109,16 @@ class QRAGTrainingModule(lightning.LightningModule):
         samples = [stream[_IMITATED + number] for number in range(first, first + size)]
         rng = np.random.default_rng((self.seed, self.global_rank, self.global_step))
         chosen = [candidates(sample, negatives, rng) for sample in samples]
+        detours = [
+            int(rng.integers(len(sample.support))) if asked else None
+            for sample, asked in zip(
+                samples, rng.random(size) < self.pqn.imitation_detours, strict=True
+            )
+        ]
         self.model.train()
-        loss = imitation_loss(self.model, self._table, samples, chosen, self.pqn, self.alpha)
+        loss = imitation_loss(
+            self.model, self._table, samples, chosen, self.pqn, self.alpha, detours
+        )
         self._log_training(sum(len(sample.support) for sample in samples), loss)
         return loss
 

@@ -36,6 +36,8 @@ class PQNConfig:
         imitation_updates: First updates that learn from the support itself, without episodes
             (`qrag_train.imitation`); 0: none.
         imitation_negatives: Chunks without support that each question of such an update brings.
+        imitation_detours: Part of these questions, 0 to 1, whose states hold a chunk without
+            support from some point on, as those of a search that erred.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -56,6 +58,7 @@ class PQNConfig:
     reward: RewardConfig = dataclasses.field(default_factory=RewardConfig)
     imitation_updates: int = 0
     imitation_negatives: int = 6
+    imitation_detours: float = 0.0
 
     def __post_init__(self) -> None:
         _check(self, "gamma", 0 < self.gamma <= 1, "a number above 0 and at most 1")
@@ -71,6 +74,8 @@ class PQNConfig:
         _check(
             self, "imitation_negatives", self.imitation_negatives >= 1, "an integer of at least 1"
         )
+        detours = self.imitation_detours
+        _check(self, "imitation_detours", 0 <= detours <= 1, "a number from 0 to 1")
         for name in ("random_transitions", "refresh_every", "imitation_updates"):
             _check(self, name, getattr(self, name) >= 0, "an integer of at least 0")
 

@@ -36,29 +36,56 @@ CONFIG = PQNConfig(gamma=0.5, reward=RewardConfig(fact_share=0.6))
 ALPHA = 0.05
 
 
-def slow_loss(model: QRAGModel, alpha: float) -> float:
+def q_of_texts(
+    model: QRAGModel, sample: SupportSample, chosen: list[int], found: list[int]
+) -> dict[str, float]:
+    """Q of each embedded text in one state, encoded one at a time."""
+    listed = sorted(found) if model.config.state_order == "document" else found
+    chunks = [sample.chunks[i] for i in listed]
+    state = torch.from_numpy(model.encode_states([(sample.question, chunks)])[0])
+    rho = model.config.position_scheme.positions(len(sample.chunks), found)
+    q: dict[str, float] = {}
+    if model.config.positions == "none":
+        for other, some in zip(SAMPLES, CHOSEN, strict=True):
+            for i in some:
+                vector = torch.from_numpy(model.encode_actions([other.chunks[i]])[0])
+                q[other.chunks[i]] = float(state @ vector)
+    else:
+        for i in chosen:
+            vector = torch.from_numpy(model.encode_actions([sample.chunks[i]])[0])
+            q[sample.chunks[i]] = float(state @ rotate(vector, torch.tensor(rho[i])))
+    return q
+
+
+def slow_loss(
+    model: QRAGModel,
+    alpha: float,
+    *,
+    goes_on: bool = False,
+    detours: tuple[int | None, ...] = (None, None),
+    budget: int = 9,
+) -> float:
     """State by state and chunk by chunk, in plain numbers."""
     losses = []
-    for sample, chosen in zip(SAMPLES, CHOSEN, strict=True):
+    for sample, chosen, detour in zip(SAMPLES, CHOSEN, detours, strict=True):
         found: list[int] = []
-        while len(found) < len(sample.support):
-            listed = sorted(found) if model.config.state_order == "document" else found
-            chunks = [sample.chunks[i] for i in listed]
-            state = torch.from_numpy(model.encode_states([(sample.question, chunks)])[0])
-            rho = model.config.position_scheme.positions(len(sample.chunks), found)
-            q: dict[str, float] = {}
-            if model.config.positions == "none":
-                for other, some in zip(SAMPLES, CHOSEN, strict=True):
-                    for i in some:
-                        vector = torch.from_numpy(model.encode_actions([other.chunks[i]])[0])
-                        q[other.chunks[i]] = float(state @ vector)
-            else:
-                for i in chosen:
-                    vector = torch.from_numpy(model.encode_actions([sample.chunks[i]])[0])
-                    q[sample.chunks[i]] = float(state @ rotate(vector, torch.tensor(rho[i])))
+        erred = False
+        while True:
             missing = [i for i in sample.support if i not in found]
+            if not missing and (not goes_on or len(found) >= budget):
+                break
+            q = q_of_texts(model, sample, chosen, found)
             for i in found:
                 del q[sample.chunks[i]]
+            negatives = {
+                i: q[text]
+                for i in chosen
+                if (text := sample.chunks[i]) in q and i not in sample.support
+            }
+            if not missing:
+                if negatives:
+                    losses.append(0.5 * sum(v**2 for v in negatives.values()) / len(negatives))
+                break
             wanted = {sample.chunks[i] for i in missing}
             everything = sum(math.exp(value / alpha) for value in q.values())
             right = sum(math.exp(q[text] / alpha) for text in wanted)
@@ -68,7 +95,12 @@ def slow_loss(model: QRAGModel, alpha: float) -> float:
             reward = sum(0.5**t * 0.6 / facts for t in range(left)) + 0.5 ** (left - 1) * 0.4
             error = q[sample.chunks[best]] - reward
             losses.append(-alpha * math.log(right / everything) + 0.5 * error**2)
-            found.append(best)
+            spare = budget - len(found) - left
+            if detour == len(found) and not erred and negatives and spare > 0:
+                erred = True
+                found.append(max(negatives, key=lambda i: negatives[i]))
+            else:
+                found.append(best)
     return sum(losses) / len(losses)
 
 
@@ -78,7 +110,21 @@ def test_loss_equals_the_slow_one(tmp_path: Path, positions: str, order: str) ->
     torch.manual_seed(0)
     model = tiny_model(tmp_path, positions, scale=0.2, state_order=order)
     loss = imitation_loss(model, TextTable(model), SAMPLES, CHOSEN, CONFIG, ALPHA)
-    assert float(loss) == pytest.approx(slow_loss(model, ALPHA), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(slow_loss(model, ALPHA), rel=1e-5)
+
+
+@pytest.mark.parametrize("detours", [(None, None), (0, 0), (1, None)])
+@pytest.mark.parametrize("budget", [2, 3, 4])
+def test_loss_of_detours_and_of_what_follows_success(
+    tmp_path: Path, detours: tuple[int | None, ...], budget: int
+) -> None:
+    torch.manual_seed(0)
+    model = tiny_model(tmp_path, "none", scale=0.2)
+    reward = RewardConfig(fact_share=0.6, stop_on_success=False)
+    config = PQNConfig(gamma=0.5, reward=reward, max_steps=budget)
+    loss = imitation_loss(model, TextTable(model), SAMPLES, CHOSEN, config, ALPHA, detours)
+    slow = slow_loss(model, ALPHA, goes_on=True, detours=detours, budget=budget)
+    assert float(loss.detach()) == pytest.approx(slow, rel=1e-5)
 
 
 def test_gradients_reach_both_encoders_and_the_negatives(tmp_path: Path) -> None:
