@@ -5,7 +5,8 @@
     python examples/benchmarks/ship.py runs/babilong_hands --name babilong
 
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
-settings of the first. With ``--last`` the weights at the end of each run count beside its best.
+settings of the first. With ``--last`` the weights at the end of each run count beside its best, and
+``--beside`` takes a further model in, such as the one that the package had.
 The threshold is chosen on the last run's own validation questions, by the compact model, whose
 weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
 configs, logs and curves to examples/benchmarks/results.
@@ -47,6 +48,9 @@ def main() -> None:
         parts = [run / "model" for run in options.runs]
         if options.last:
             parts += [last_weights(run, Path(place, str(i))) for i, run in enumerate(options.runs)]
+        if options.beside is not None:
+            # half of the mean, as much as all parts of the runs together
+            parts += [unpacked(options.beside, Path(place, "beside"))] * len(parts)
         average(parts, plain)
         change(plain / CONFIG_FILE, dict(options.set))
         samples, model = questions(options.runs[-1]), pack(plain, small)
@@ -73,6 +77,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="name of the model in the package")
     parser.add_argument(
         "--last", action="store_true", help="take the mean of each run's best and last weights"
+    )
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="MODEL",
+        help="a model of the same start whose weights are half of the mean",
     )
     parser.add_argument(
         "--keep-em",
@@ -121,13 +131,22 @@ def last_weights(run: Path, target: Path) -> Path:
     return model.save_pretrained(target)
 
 
+def unpacked(model: Path, target: Path) -> Path:
+    """Write a model as a plain folder."""
+    return QRAGModel.from_pretrained(model, device="cpu").save_pretrained(target)
+
+
 def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -> None:
     """Say in a model's settings which weights it is the mean of, and how it does."""
     config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
     names = [run.name for run in options.runs]
     training = {
         **config.training,
-        "mean_of": [*names, *(f"the end of {name}" for name in names if options.last)],
+        "mean_of": [
+            *names,
+            *(f"the end of {name}" for name in names if options.last),
+            *([f"{options.beside.name} as it was"] if options.beside else []),
+        ],
         "updates": sum(updates(run, options.last) for run in options.runs),
         "figures": {name: found[name] for name in ("fact_em", "fact_f1")},
     }
