@@ -94,6 +94,17 @@ def test_the_mean_of_a_runs_best_and_last_weights(
     assert found.config.training["updates"] == 7
 
 
+def test_a_model_beside_a_run_is_half_of_the_mean(runs: list[Path], package: Path) -> None:
+    first, second = runs
+    run(ship, *runs, "--name", "of_runs")
+    run(ship, first, "--name", "of_one", "--beside", second / "model")
+    expected, found = (
+        QRAGModel.from_pretrained(package / name, device="cpu") for name in ("of_runs", "of_one")
+    )
+    assert np.array_equal(found.encode_actions(TEXTS), expected.encode_actions(TEXTS))
+    assert found.config.training["mean_of"] == ["mine", "model as it was"]
+
+
 def test_the_threshold_is_chosen_by_the_model_that_ships(runs: list[Path], package: Path) -> None:
     run(ship, runs[1], "--name", "ours")
     shipped = QRAGModel.from_pretrained(package / "ours", device="cpu")
