@@ -1,6 +1,7 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
-    python examples/benchmarks/ship.py runs/multihop_en --name multihop-en --last --keep-em 0.01 \
+    python examples/benchmarks/ship.py runs/multihop_en_detours --name multihop-en --last \
+        --beside src/qrag_retriever/models/multihop-en --keep-em 0.01 \
         --set max_chunk_tokens=192 max_chunk_tokens_in_state=96 max_state_tokens=512
     python examples/benchmarks/ship.py runs/babilong_hands --name babilong
 

@@ -317,6 +317,7 @@ def test_schedule(schedule: str) -> None:
         (PQNConfig, {"refresh_every": -1}),
         (PQNConfig, {"imitation_updates": -1}),
         (PQNConfig, {"imitation_negatives": 0}),
+        (PQNConfig, {"imitation_detours": 1.5}),
         (OptimizerConfig, {"lr": -1.0}),
         (OptimizerConfig, {"schedule": "step"}),
         (OptimizerConfig, {"final_ratio": 2.0}),
