@@ -7,6 +7,7 @@ is what to fetch. A few such updates bring a pretrained embedder to where episod
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,73 +70,83 @@ def imitation_loss(
     Returns:
         Scalar float32.
     """
-    texts = [[sample.chunks[i] for i in some] for sample, some in zip(samples, chosen, strict=True)]
-    rows = {text: row for row, text in enumerate(dict.fromkeys(t for own in texts for t in own))}
+    texts = [sample.chunks[i] for sample, own in zip(samples, chosen, strict=True) for i in own]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
     actions = embed(model.action_encoder, table.action_ids(table.numbers(list(rows)).tolist()))
+    due = detours or [None] * len(samples)
+    going_on = [
+        _Episode(sample, {i: rows[sample.chunks[i]] for i in own}, detour)
+        for sample, own, detour in zip(samples, chosen, due, strict=True)
+    ]
     budget = config.max_steps or model.config.max_steps
-    due = list(detours or [None] * len(samples))
-    found: list[list[int]] = [[] for _ in samples]
     losses: list[Tensor] = []
-    going_on = list(range(len(samples)))
     while going_on:
-        asked = [
-            (samples[e].question, _state_chunks(model, samples[e], found[e])) for e in going_on
-        ]
+        asked = [(one.sample.question, one.state_chunks(model)) for one in going_on]
         states = embed(model.state_encoder, table.state_ids(asked))
-        at, going_on = going_on, []
-        for state, e in zip(states, at, strict=True):
-            sample = samples[e]
-            own = [rows[text] for text in texts[e]]
-            q = _q_values(model, state, actions, own, sample, chosen[e], found[e])
-            row_of = {i: rows[sample.chunks[i]] for i in (*chosen[e], *found[e])}
-            missing = [i for i in sample.support if i not in found[e]]
-            wanted = [row_of[i] for i in missing]
-            held = [row_of[i] for i in found[e] if row_of[i] not in wanted]
-            others = [i for i in chosen[e] if row_of[i] not in {*held, *wanted}]
-            q_of_others = q[[row_of[i] for i in others]]
-            if not missing:
-                if others:
-                    losses.append(0.5 * q_of_others.square().mean())
-                continue
-            q = q.index_fill(0, torch.tensor(held, dtype=torch.long, device=q.device), -torch.inf)
-            best = int(q.detach()[wanted].argmax())
-            gap = torch.logsumexp(q / alpha, 0) - torch.logsumexp(q[wanted] / alpha, 0)
-            rest = [missing[best], *missing[:best], *missing[best + 1 :]]
-            error = q[wanted[best]] - _return_of(rest, found[e], sample, config)
-            losses.append(alpha * gap + 0.5 * error.square())
-            spare = budget - len(found[e]) - len(missing)
-            detour = due[e] == len(found[e]) and bool(others) and spare > 0
-            chunk = others[int(q_of_others.detach().argmax())] if detour else missing[best]
-            found[e].append(chunk)
-            due[e] = None if detour else due[e]
-            complete = len(missing) == 1 and not detour
-            if not complete or (spare > 0 and not config.reward.stop_on_success):
-                going_on.append(e)
+        for state, one in zip(states, going_on, strict=True):
+            losses += one.step(one.q_values(model, state, actions), config, alpha, budget)
+        going_on = [one for one in going_on if not one.over]
     return torch.stack(losses).mean()
 
 
-def _state_chunks(model: QRAGModel, sample: SupportSample, found: Sequence[int]) -> list[str]:
-    return [sample.chunks[i] for i in in_state_order(found, model.config.state_order)]
+@dataclasses.dataclass
+class _Episode:
+    """The episode of who knows the support of one question.
 
+    Attributes:
+        sample: The question.
+        rows: The row of the embeddings that holds each of its embedded chunks.
+        detour: How much of the support it fetches before a detour that it has still to make.
+        found: The chunks that it fetched, in order.
+        over: Whether there is no further state to learn from.
+    """
 
-def _q_values(
-    model: QRAGModel,
-    state: Tensor,
-    actions: Tensor,
-    own: Sequence[int],
-    sample: SupportSample,
-    chosen: Sequence[int],
-    found: Sequence[int],
-) -> Tensor:
-    """Q of all embedded texts in one state; -inf for those of other samples if places count."""
-    if model.config.positions == "none":
-        return critic_values(state, actions, 1)[:, 0]
-    rho = model.config.position_scheme.positions(len(sample.chunks), found)[list(chosen)]
-    rho_of_own = torch.from_numpy(rho).to(state.device)
-    index = torch.tensor(own, device=actions.device)
-    q = q_at(state, actions[index], rho_of_own, model.config.rotary_base)
-    # of equal texts the last one's place counts
-    return torch.full_like(actions[:, 0], -torch.inf).index_copy(0, index, q)
+    sample: SupportSample
+    rows: dict[int, int]
+    detour: int | None
+    found: list[int] = dataclasses.field(default_factory=list)
+    over: bool = False
+
+    def state_chunks(self, model: QRAGModel) -> list[str]:
+        order = in_state_order(self.found, model.config.state_order)
+        return [self.sample.chunks[i] for i in order]
+
+    def q_values(self, model: QRAGModel, state: Tensor, actions: Tensor) -> Tensor:
+        """Q of all embedded texts in its state; -inf for those of other samples if places count."""
+        if model.config.positions == "none":
+            return critic_values(state, actions, 1)[:, 0]
+        scheme = model.config.position_scheme
+        rho = scheme.positions(len(self.sample.chunks), self.found)[list(self.rows)]
+        rho_of_own = torch.from_numpy(rho).to(state.device)
+        index = torch.tensor(list(self.rows.values()), device=actions.device)
+        q = q_at(state, actions[index], rho_of_own, model.config.rotary_base)
+        # of equal texts the last one's place counts
+        return torch.full_like(actions[:, 0], -torch.inf).index_copy(0, index, q)
+
+    def step(self, q: Tensor, config: PQNConfig, alpha: float, budget: int) -> list[Tensor]:
+        """Fetch a chunk, or end; the loss of the state before, if it has one."""
+        missing = [i for i in self.sample.support if i not in self.found]
+        wanted = [self.rows[i] for i in missing]
+        held = [self.rows[i] for i in self.found if self.rows[i] not in wanted]
+        others = [i for i, row in self.rows.items() if row not in {*held, *wanted}]
+        q_of_others = q[[self.rows[i] for i in others]]
+        if not missing:
+            self.over = True
+            return [0.5 * q_of_others.square().mean()] if others else []
+        q = q.index_fill(0, torch.tensor(held, dtype=torch.long, device=q.device), -torch.inf)
+        best = int(q.detach()[wanted].argmax())
+        gap = torch.logsumexp(q / alpha, 0) - torch.logsumexp(q[wanted] / alpha, 0)
+        rest = [missing[best], *missing[:best], *missing[best + 1 :]]
+        error = q[wanted[best]] - _return_of(rest, self.found, self.sample, config)
+        spare = budget - len(self.found) - len(missing)
+        if self.detour == len(self.found) and others and spare > 0:
+            self.found.append(others[int(q_of_others.detach().argmax())])
+            self.detour = None
+        else:
+            self.found.append(missing[best])
+            complete = len(missing) == 1
+            self.over = complete and (spare == 0 or config.reward.stop_on_success)
+        return [alpha * gap + 0.5 * error.square()]
 
 
 def _return_of(
