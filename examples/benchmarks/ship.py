@@ -1,13 +1,14 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
     python examples/benchmarks/ship.py runs/multihop_en_detours --name multihop-en --last \
-        --beside src/qrag_retriever/models/multihop-en --keep-em 0.01 \
+        --beside runs/multihop_en --share 0.25 --keep-em 0.02 \
         --set max_chunk_tokens=192 max_chunk_tokens_in_state=96 max_state_tokens=512
     python examples/benchmarks/ship.py runs/babilong_hands --name babilong
 
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
 settings of the first. With ``--last`` the weights at the end of each run count beside its best, and
-``--beside`` takes a further model in, such as the one that the package had.
+``--beside`` takes a further model in, such as the one that the package had, with a ``--share`` of
+the mean of its own.
 The threshold is chosen on the last run's own validation questions, by the compact model, whose
 weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
 configs, logs and curves to examples/benchmarks/results.
@@ -49,10 +50,11 @@ def main() -> None:
         parts = [run / "model" for run in options.runs]
         if options.last:
             parts += [last_weights(run, Path(place, str(i))) for i, run in enumerate(options.runs)]
+        shares = [1 / len(parts)] * len(parts)
         if options.beside is not None:
-            # half of the mean, as much as all parts of the runs together
-            parts += [unpacked(options.beside, Path(place, "beside"))] * len(parts)
-        average(parts, plain)
+            parts.append(unpacked(options.beside, Path(place, "beside")))
+            shares = [*((1 - options.share) * share for share in shares), options.share]
+        average(parts, plain, shares)
         change(plain / CONFIG_FILE, dict(options.set))
         samples, model = questions(options.runs[-1]), pack(plain, small)
         budget = model.config.max_steps
@@ -83,7 +85,10 @@ def parse() -> argparse.Namespace:
         "--beside",
         type=Path,
         metavar="MODEL",
-        help="a model of the same start whose weights are half of the mean",
+        help="a model of the same start whose weights are part of the mean",
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.5, help="of the model beside in the mean, from 0 to 1"
     )
     parser.add_argument(
         "--keep-em",
@@ -112,12 +117,14 @@ def change(file: Path, values: dict[str, int]) -> None:
     file.write_text(config.replace(**values).to_json(), encoding="utf-8")
 
 
-def average(folders: Sequence[Path], target: Path) -> None:
-    """Replace the weights of a model folder by the mean over folders of the same kind."""
+def average(folders: Sequence[Path], target: Path, shares: Sequence[float]) -> None:
+    """Replace the weights of a model folder by the weighted mean over folders of the same kind."""
     for file in sorted(target.rglob("*.safetensors")):
         parts = [load_file(folder / file.relative_to(target)) for folder in folders]
         means = {
-            name: torch.stack([part[name].double() for part in parts]).mean(dim=0).to(tensor.dtype)
+            name: sum(
+                share * part[name].double() for share, part in zip(shares, parts, strict=True)
+            ).to(tensor.dtype)
             for name, tensor in parts[-1].items()
         }
         save_file(means, file, metadata={"format": "pt"})
@@ -146,7 +153,7 @@ def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -
         "mean_of": [
             *names,
             *(f"the end of {name}" for name in names if options.last),
-            *([f"{options.beside.name} as it was"] if options.beside else []),
+            *([f"{options.beside.name}, {options.share:g} of the mean"] if options.beside else []),
         ],
         "updates": sum(updates(run, options.last) for run in options.runs),
         "figures": {name: found[name] for name in ("fact_em", "fact_f1")},

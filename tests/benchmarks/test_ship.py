@@ -102,7 +102,17 @@ def test_a_model_beside_a_run_is_half_of_the_mean(runs: list[Path], package: Pat
         QRAGModel.from_pretrained(package / name, device="cpu") for name in ("of_runs", "of_one")
     )
     assert np.array_equal(found.encode_actions(TEXTS), expected.encode_actions(TEXTS))
-    assert found.config.training["mean_of"] == ["mine", "model as it was"]
+    assert found.config.training["mean_of"] == ["mine", "model, 0.5 of the mean"]
+
+
+def test_a_model_beside_a_run_may_have_another_share(runs: list[Path], package: Path) -> None:
+    first, second = runs
+    run(ship, second, "--name", "alone")
+    run(ship, first, "--name", "all_of_it", "--beside", second / "model", "--share", 1)
+    expected, found = (
+        QRAGModel.from_pretrained(package / name, device="cpu") for name in ("alone", "all_of_it")
+    )
+    assert np.array_equal(found.encode_actions(TEXTS), expected.encode_actions(TEXTS))
 
 
 def test_the_threshold_is_chosen_by_the_model_that_ships(runs: list[Path], package: Path) -> None:
