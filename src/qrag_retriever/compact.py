@@ -16,7 +16,7 @@ from qrag_retriever.errors import ModelFormatError
 from qrag_retriever.offline import check_sha256
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import Tensor
 
@@ -86,6 +86,19 @@ def unpack(source: Path, target: Path) -> None:
         files.setdefault(name, {})[key] = _unpacked(kept, place)
     for name, tensors in files.items():
         save_file(tensors, target / name, metadata={"format": "pt"})
+
+
+def renew_manifest(folder: Path, names: Iterable[str]) -> None:
+    """Put the SHA-256 of files that were changed on purpose into the manifest.
+
+    Args:
+        folder: Folder that `pack` wrote.
+        names: The files, none of which was equal to another.
+    """
+    file = folder / MANIFEST
+    digests = json.loads(file.read_text(encoding="utf-8"))
+    digests |= {name: _sha256(folder / name) for name in names}
+    file.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
 def check_manifest(folder: Path) -> dict[str, str]:

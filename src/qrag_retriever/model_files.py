@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +27,7 @@ from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError, UnsafeModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
@@ -234,16 +235,25 @@ def save(
             f"{folder} holds something other than a Q-RAG model and is left as it is; give an "
             "empty or new folder."
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-    try:
+    with replacing(folder) as new:
         if compactly:
             with tempfile.TemporaryDirectory() as plain:
                 _write(model, config, Path(plain), name=folder.name)
                 compact.pack(Path(plain), new)
         else:
             _write(model, config, new, name=folder.name)
+    return folder
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder beside another, which takes its place at the end of the block, or never."""
+    folder = folder.resolve()  # a link stays one
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    try:
+        yield new
         new.chmod(0o755)
         if folder.exists():
             folder.replace(old)  # an empty folder may be replaced
@@ -255,7 +265,6 @@ def save(
     finally:
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
-    return folder
 
 
 def push(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from qrag_retriever import compact
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError
-from qrag_retriever.model_files import CONFIG_FILE
+from qrag_retriever.model_files import CONFIG_FILE, replacing
 from qrag_retriever.search import SearchOptions
 from qrag_train.card import model_card
 from qrag_train.evaluation import search_samples
@@ -148,16 +150,16 @@ def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int
         max_steps=max_steps,
         training={**config.training, "calibration": calibration._asdict()},
     )
-    card = file.with_name("README.md")
-    if "settings" in config.training:  # qrag-train fit wrote the card, which names the settings
-        _write(card, model_card(file.parent.name, config))
-    _write(file, config.to_json())
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
+    with replacing(Path(folder)) as new:
+        shutil.copytree(folder, new, dirs_exist_ok=True)
+        (new / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+        changed = [CONFIG_FILE]
+        if "settings" in config.training:  # qrag-train fit wrote the card, which names the settings
+            card = model_card(file.parent.name, config)
+            (new / "README.md").write_text(card, encoding="utf-8")
+            changed.append("README.md")
+        if compact.is_compact(new):
+            compact.renew_manifest(new, changed)
 
 
 def _between(q: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -64,7 +64,7 @@ def evaluate(
 
 def calibrate(
     model: str,
-    data: str,
+    data: str | list[str],
     target_em: float | None = None,
     k: int | None = None,
     **source: Any,
@@ -74,7 +74,7 @@ def calibrate(
     Args:
         model: Folder of a Q-RAG model.
         data: File with validation questions and their support; also simulated:3 (babilong) or a
-            task of ruler, such as ruler:niah_multikey_1.
+            task of ruler, such as ruler:niah_multikey_1. Several of a kind: [a.jsonl,b.jsonl].
         target_em: Choose the fewest steps that reach this Fact-EM; left out: the best Fact-F1.
         k: Budget of a search, which becomes the model's; left out: the model's own.
         source: What kind of file it is.
@@ -84,7 +84,9 @@ def calibrate(
 
     judged = QRAGModel.from_pretrained(model)
     budget = k or judged.config.max_steps
-    samples = [s for part in read_questions(data, **source).values() for s in part]
+    files = [data] if isinstance(data, str) else data
+    sets = [part for file in files for part in read_questions(file, **source).values()]
+    samples = [sample for part in sets for sample in part]
     chosen = calibration.calibrate(judged, samples, k=budget, target_em=target_em)
     calibration.write_threshold(model, chosen, budget)
     print(

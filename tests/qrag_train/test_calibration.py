@@ -99,6 +99,17 @@ def test_the_threshold_is_written_and_nothing_else(model: QRAGModel, tmp_path: P
     assert QRAGModel.from_pretrained(folder).config.q_threshold == 0.25
 
 
+def test_a_model_in_compact_form_loads_after_its_threshold_was_written(
+    model: QRAGModel, tmp_path: Path
+) -> None:
+    link, folder = tmp_path / "link", model.save_pretrained(tmp_path / "small", compact=True)
+    link.symlink_to(folder)
+    write_threshold(link, Calibration(0.25, 0.9, 0.8, 2.5), max_steps=5)
+    assert QRAGModel.from_pretrained(folder).config.q_threshold == 0.25
+    assert link.is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"link", "small"}
+
+
 def test_a_threshold_needs_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="no folder of a Q-RAG model"):
         write_threshold(tmp_path, Calibration(0.25, 0.9, 0.8, 2.5), max_steps=5)

@@ -324,6 +324,9 @@ def test_calibrate_writes_the_threshold_into_the_model(
     card = (model / "README.md").read_text(encoding="utf-8")
     assert f"Stopped below Q = {config.q_threshold:.4f}, of at most 4 chunks" in card
     assert "2 chunks retrieved for each" in card  # the figures of training are of its own budget
+    several = f"[{whole.parent / 'val.jsonl'},{whole.parent / 'train.jsonl'}]"
+    assert main(["calibrate", str(model), several]) == 0
+    assert "on 52 questions" in capsys.readouterr().out
     unreachable = ["--target_em=1.1", "--k=1"]
     assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), *unreachable]) == 1
     assert "target_em=1.1 is not reached" in capsys.readouterr().err
