@@ -35,12 +35,13 @@ class EmbeddedTexts:
     Args:
         model: The model; its action encoder must not change afterwards.
         recurring: The texts whose embeddings are kept once they were needed. All others are
-            embedded for one call of `actions` alone.
+            embedded for one call of `actions` alone. ``None``: those of a call are kept for the
+            next one.
     """
 
-    def __init__(self, model: QRAGModel, recurring: Iterable[str] = ()) -> None:
+    def __init__(self, model: QRAGModel, recurring: Iterable[str] | None = None) -> None:
         self._model = model
-        self._recurring = frozenset(recurring)
+        self._recurring = None if recurring is None else frozenset(recurring)
         self._rows: dict[str, int] = {}
         self._vectors = torch.empty(0, model.dimension, device=model.device)
 
@@ -48,16 +49,24 @@ class EmbeddedTexts:
         """Embeddings of the chunks of samples, ``[n, d]`` each; one for samples on one corpus."""
         corpora = {id(sample.chunks): sample.chunks for sample in samples}
         texts = dict.fromkeys(text for chunks in corpora.values() for text in chunks)
+        if self._recurring is None:
+            self._keep([text for text in texts if text in self._rows])
+        recurring = texts if self._recurring is None else self._recurring
         missing = [text for text in texts if text not in self._rows]
-        lasting = [text for text in missing if text in self._recurring]
-        self._rows, self._vectors = self._with(lasting)
-        rows, vectors = self._with([text for text in missing if text not in self._recurring])
+        self._rows, self._vectors = self._with([text for text in missing if text in recurring])
+        rows, vectors = self._with([text for text in missing if text not in recurring])
         numbers = {name: [rows[text] for text in chunks] for name, chunks in corpora.items()}
         actions = {
             name: vectors[torch.tensor(some, device=vectors.device)]
             for name, some in numbers.items()
         }
         return [actions[id(sample.chunks)] for sample in samples]
+
+    def _keep(self, texts: Sequence[str]) -> None:
+        """Forget all other texts."""
+        rows = [self._rows[text] for text in texts]
+        self._vectors = self._vectors[torch.tensor(rows, dtype=torch.long)]
+        self._rows = {text: row for row, text in enumerate(texts)}
 
     def _with(self, texts: Sequence[str]) -> tuple[dict[str, int], Tensor]:
         if not texts:

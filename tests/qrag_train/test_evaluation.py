@@ -114,14 +114,8 @@ def test_a_threshold_cuts_the_same_trajectory_short(
         assert long.retrieved[: steps_above(long, threshold)] == short.retrieved
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_known_embeddings_change_nothing_and_are_not_made_again(
-    model: QRAGModel, samples: list[SupportSample], share: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = search_samples(model, samples, SearchOptions(3))
-    texts = sorted({chunk for sample in samples for chunk in sample.chunks})
-    recurring = texts[: round(share * len(texts))]
-    known = evaluation.EmbeddedTexts(model, recurring)
+def record_embedded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The chunks that are embedded from now on."""
     embedded: list[str] = []
     original = QRAGModel.encode_actions
 
@@ -130,11 +124,36 @@ def test_known_embeddings_change_nothing_and_are_not_made_again(
         return original(self, chunks, **options)
 
     monkeypatch.setattr(QRAGModel, "encode_actions", encode)
+    return embedded
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_known_embeddings_change_nothing_and_are_not_made_again(
+    model: QRAGModel, samples: list[SupportSample], share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = search_samples(model, samples, SearchOptions(3))
+    texts = sorted({chunk for sample in samples for chunk in sample.chunks})
+    recurring = texts[: round(share * len(texts))]
+    known = evaluation.EmbeddedTexts(model, recurring)
+    embedded = record_embedded(monkeypatch)
     for due in (texts, texts[len(recurring) :]):
         embedded.clear()
         found = search_samples(model, samples, SearchOptions(3), known)
         assert [beam.retrieved for beam in found] == [beam.retrieved for beam in expected]
         assert sorted(embedded) == due
+
+
+def test_what_the_next_group_has_too_is_not_embedded_again(
+    model: QRAGModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stories = [("a cup", "a hat"), ("a hat", "a key", "a cup"), ("a key",), ("a cup",)]
+    samples = [SupportSample(str(i), "where", story, (0,)) for i, story in enumerate(stories)]
+    expected = [search_samples(model, [sample], SearchOptions(2))[0] for sample in samples]
+    monkeypatch.setattr(evaluation, "_MOST_SAMPLES", 1)
+    embedded = record_embedded(monkeypatch)
+    found = search_samples(model, samples, SearchOptions(2))
+    assert [beam.retrieved for beam in found] == [beam.retrieved for beam in expected]
+    assert embedded == ["a cup", "a hat", "a key", "a cup"]
 
 
 def test_questions_on_one_corpus_share_its_embeddings(model: QRAGModel) -> None:
