@@ -8,7 +8,7 @@
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
 settings of the first. With ``--last`` the weights at the end of each run count beside its best, and
 ``--beside`` takes a further model in, such as the one that the package had, with a ``--share`` of
-the mean of its own.
+the mean.
 The threshold is chosen on the last run's own validation questions, by the compact model, whose
 weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
 configs, logs and curves to examples/benchmarks/results.
@@ -52,7 +52,7 @@ def main() -> None:
             parts += [last_weights(run, Path(place, str(i))) for i, run in enumerate(options.runs)]
         shares = [1 / len(parts)] * len(parts)
         if options.beside is not None:
-            parts.append(unpacked(options.beside, Path(place, "beside")))
+            parts.append(unpacked(model_of(options.beside), Path(place, "beside")))
             shares = [*((1 - options.share) * share for share in shares), options.share]
         average(parts, plain, shares)
         change(plain / CONFIG_FILE, dict(options.set))
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
         "--beside",
         type=Path,
         metavar="MODEL",
-        help="a model of the same start whose weights are part of the mean",
+        help="a model of the same start, or a run, whose weights are part of the mean",
     )
     parser.add_argument(
         "--share", type=float, default=0.5, help="of the model beside in the mean, from 0 to 1"
@@ -103,7 +103,10 @@ def parse() -> argparse.Namespace:
         metavar="NAME=NUMBER",
         help="settings of the model other than in training, such as max_chunk_tokens=160",
     )
-    return parser.parse_args()
+    options = parser.parse_args()
+    if not 0 <= options.share <= 1:
+        parser.error(f"--share {options.share} is not allowed; give a number from 0 to 1")
+    return options
 
 
 def setting(text: str) -> tuple[str, int]:
@@ -137,6 +140,11 @@ def last_weights(run: Path, target: Path) -> Path:
     averaged = {name: value for name, value in state.items() if name.startswith("averaged.")}
     model.load_state_dict({name.partition(".")[2]: value for name, value in averaged.items()})
     return model.save_pretrained(target)
+
+
+def model_of(path: Path) -> Path:
+    """The folder of a model, or of the model of a run."""
+    return path / "model" if (path / "model").is_dir() else path
 
 
 def unpacked(model: Path, target: Path) -> Path:

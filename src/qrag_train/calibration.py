@@ -128,6 +128,20 @@ def choose_threshold(
     return Calibration(*(float(column[chosen]) for column in table))
 
 
+def model_config(folder: str | Path) -> QRAGConfig:
+    """The settings of a model folder that a threshold can be written into.
+
+    Raises:
+        ModelFormatError: If the folder holds no Q-RAG model.
+    """
+    file = Path(folder) / CONFIG_FILE
+    if not file.is_file():
+        raise ModelFormatError(
+            f"{folder} is no folder of a Q-RAG model; give one that save_pretrained wrote."
+        )
+    return QRAGConfig.from_json(file.read_text(encoding="utf-8"))
+
+
 def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int) -> None:
     """Put a threshold into a model folder, whole or not at all.
 
@@ -139,12 +153,7 @@ def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int
     Raises:
         ModelFormatError: If the folder holds no Q-RAG model.
     """
-    file = Path(folder) / CONFIG_FILE
-    if not file.is_file():
-        raise ModelFormatError(
-            f"{folder} is no folder of a Q-RAG model; give one that save_pretrained wrote."
-        )
-    config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
+    config = model_config(folder)
     config = config.replace(
         q_threshold=calibration.q_threshold,
         max_steps=max_steps,
@@ -155,7 +164,7 @@ def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int
         (new / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
         changed = [CONFIG_FILE]
         if "settings" in config.training:  # qrag-train fit wrote the card, which names the settings
-            card = model_card(file.parent.name, config)
+            card = model_card(Path(folder).name, config)
             (new / "README.md").write_text(card, encoding="utf-8")
             changed.append("README.md")
         if compact.is_compact(new):

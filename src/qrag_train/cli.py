@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qrag_retriever.errors import MissingDependencyError, QRAGError
+from qrag_retriever.errors import DatasetError, MissingDependencyError, QRAGError
 from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample
 from qrag_train.data.simulator import OBJECTS, PLACES
@@ -82,9 +82,12 @@ def calibrate(
     from qrag_retriever.model import QRAGModel
     from qrag_train import calibration
 
+    settings = calibration.model_config(model)  # before a long search
+    budget = k or settings.max_steps
     judged = QRAGModel.from_pretrained(model)
-    budget = k or judged.config.max_steps
     files = [data] if isinstance(data, str) else data
+    if not files:
+        raise DatasetError("No file is given; name at least one with validation questions.")
     sets = [part for file in files for part in read_questions(file, **source).values()]
     samples = [sample for part in sets for sample in part]
     chosen = calibration.calibrate(judged, samples, k=budget, target_em=target_em)

@@ -65,7 +65,8 @@ class EmbeddedTexts:
     def _keep(self, texts: Sequence[str]) -> None:
         """Forget all other texts."""
         rows = [self._rows[text] for text in texts]
-        self._vectors = self._vectors[torch.tensor(rows, dtype=torch.long)]
+        index = torch.tensor(rows, dtype=torch.long, device=self._vectors.device)
+        self._vectors = self._vectors[index]
         self._rows = {text: row for row, text in enumerate(texts)}
 
     def _with(self, texts: Sequence[str]) -> tuple[dict[str, int], Tensor]:

@@ -108,7 +108,7 @@ def test_a_model_beside_a_run_is_half_of_the_mean(runs: list[Path], package: Pat
 def test_a_model_beside_a_run_may_have_another_share(runs: list[Path], package: Path) -> None:
     first, second = runs
     run(ship, second, "--name", "alone")
-    run(ship, first, "--name", "all_of_it", "--beside", second / "model", "--share", 1)
+    run(ship, first, "--name", "all_of_it", "--beside", second, "--share", 1)
     expected, found = (
         QRAGModel.from_pretrained(package / name, device="cpu") for name in ("alone", "all_of_it")
     )

@@ -327,9 +327,19 @@ def test_calibrate_writes_the_threshold_into_the_model(
     several = f"[{whole.parent / 'val.jsonl'},{whole.parent / 'train.jsonl'}]"
     assert main(["calibrate", str(model), several]) == 0
     assert "on 52 questions" in capsys.readouterr().out
+    assert main(["calibrate", str(model), "[]"]) == 1
+    assert "name at least one" in capsys.readouterr().err
     unreachable = ["--target_em=1.1", "--k=1"]
     assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), *unreachable]) == 1
     assert "target_em=1.1 is not reached" in capsys.readouterr().err
+
+
+def test_calibrate_refuses_what_it_cannot_write_into_before_it_searches(
+    whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QRAGModel, "from_pretrained", None)  # a model of the package would load
+    assert main(["calibrate", "babilong", str(whole.parent / "val.jsonl"), "--k=2"]) == 1
+    assert "babilong is no folder of a Q-RAG model" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the reference fixtures are not here")
