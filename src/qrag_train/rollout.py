@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from qrag_retriever.rotary import phases, turn
 from qrag_train.data.sample import SupportSample
@@ -123,6 +124,7 @@ class RolloutCollector:
         self._returns = np.zeros(config.environments)
         self._ended = np.ones(config.environments, dtype=bool)
         self._chunks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(self._ended)
+        self._embedded: dict[tuple[int, ...], Tensor] = {}
         self._new_table()
 
     def collect(self, alpha: float) -> Rollout:
@@ -169,9 +171,13 @@ class RolloutCollector:
         )
 
     def _states(self, ids: list[TokenIds]) -> Tensor:
-        """Embeddings of the states by the trained encoder."""
+        """Embeddings of the states by the trained encoder: those it met in the rollout again."""
+        new = [state for state in ids if tuple(state) not in self._embedded]
         with torch.set_grad_enabled(self._keep_graph):
-            return embed(self._model.state_encoder, ids)
+            if new:
+                vectors = embed(self._model.state_encoder, new)
+                self._embedded.update(zip(map(tuple, new), vectors.unbind(), strict=True))
+            return torch.stack([self._embedded[tuple(state)] for state in ids])
 
     def _choose(self, states: Tensor | None, rho: Tensor, alpha: float) -> Tensor:
         """Draw an action for each episode: by the soft policy, or at random without states."""
@@ -193,7 +199,9 @@ class RolloutCollector:
         if len(going_on):
             ids = self._state_ids(going_on)
             rho = self.environment.positions(self._scheme)[going_on]
-            q = self._q(self._target.state_encoder.encode(ids), 1, going_on, rho)
+            shared = self._target is self._model  # then the next step embeds the same states
+            states = self._states(ids) if shared else self._target.state_encoder.encode(ids)
+            q = self._q(states, 1, going_on, rho)
             available = self.environment.available[going_on]
             values[going_on] = soft_value(q, available, alpha, self._config.top_k_actions)
         return values
@@ -216,7 +224,7 @@ class RolloutCollector:
             base = self._model.config.rotary_base
             rotation = phases(-levels, states.shape[1], base).to(torch.complex64)[level]
         states = states[:, None] if rotation is None else turn(states[:, None], rotation)
-        return critic_values(states, vectors[rows], self._config.n_critics).cpu()
+        return critic_values(states, embedding(rows, vectors), self._config.n_critics).cpu()
 
     def _state_ids(self, episodes: NDArray[np.int64] | None = None) -> list[TokenIds]:
         environment, order = self.environment, self._model.config.state_order
@@ -245,6 +253,7 @@ class RolloutCollector:
             self._new_table()
             self._chunks = [self.table.numbers(s.chunks) for s in self.environment.samples]
         self.embeddings.advance()
+        self._embedded.clear()
         if not self._ended.any():
             self._place()
 

@@ -219,6 +219,23 @@ def test_equal_texts_are_embedded_once_an_update(model: QRAGModel) -> None:
     assert embeddings.embedded == 6
 
 
+def test_without_targets_a_state_is_embedded_once_an_update(
+    model: QRAGModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = collector_of(model, model, tau=1.0, random_transitions=0)
+    forward, seen = model.state_encoder.forward, []
+    monkeypatch.setattr(
+        model.state_encoder,
+        "forward",
+        lambda inputs: seen.extend(map(tuple, inputs)) or forward(inputs),
+    )
+    for _ in range(3):
+        seen.clear()
+        rollout = collector.collect(0.1)
+        assert len(seen) == len(set(seen))
+        assert set(seen) >= set(map(tuple, rollout.state_ids))
+
+
 def test_background_is_refreshed_every_so_many_updates(model: QRAGModel) -> None:
     table = TextTable(model)
     encoders = (model.action_encoder, model.action_encoder)
