@@ -102,6 +102,7 @@ def judge(folder: Path, valid: Sequence[SourceConfig]) -> dict[str, float]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
+    rows = sorted(rows, key=lambda row: row["share"])
     figure, (axis,) = figures.panels(1)
     for name in names:
         axis.plot([row["questions"] for row in rows], [row[name] for row in rows], "o-", label=name)
