@@ -32,12 +32,13 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {"precision": "32-true"},
     "bfloat16": {"precision": "bf16-mixed"},
     "bfloat16, background refreshed every 20 updates": {"precision": "bf16-mixed", "refresh": 20},
+    "bfloat16, no target networks": {"precision": "bf16-mixed", "tau": 1.0},
 }
-# functions of an update by the file and the name they have there
-PHASES = {
+# functions of an update by the file and the name they have there, and by who calls them
+PHASES: dict[str, tuple[str, ...]] = {
     "chunks, without gradient": ("texts.py", "_embed"),
-    "states, trained networks": ("rollout.py", "_states"),
-    "states, target networks": ("rollout.py", "_next_values"),
+    "states, to choose by": ("rollout.py", "_states", "_step"),
+    "states, for the values after them": ("rollout.py", "_next_values"),
     "loss, chosen chunks": ("module.py", "loss"),
     "loss, backward": ("~", "<method 'run_backward' of 'torch._C._EngineBase' objects>"),
     "optimiser": ("adam.py", "adam"),
@@ -105,6 +106,7 @@ def measure(name: str, source: BabiLong, options: argparse.Namespace) -> dict[st
         environments=options.environments,
         random_transitions=0,
         refresh_every=refresh,
+        tau=case.get("tau", PQNConfig.tau),
     )
     module = build_module(positions="relative", max_steps=STEPS, pqn=pqn, seed=options.seed)
     clock = Clock(skip)
@@ -135,14 +137,19 @@ def shares(profile: cProfile.Profile) -> dict[str, float]:
     """How much of the time each phase took."""
     stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     total = sum(row[2] for row in stats.values())
-    found = {
-        phase: sum(
-            row[3] for (path, _, name), row in stats.items() if (Path(path).name, name) == place
-        )
-        for phase, place in PHASES.items()
-    }
+    found = {phase: seconds_in(stats, *place) for phase, place in PHASES.items()}
     parts = {phase: round(seconds / total, 3) for phase, seconds in found.items()}
     return {**parts, "the rest": round(1 - sum(parts.values()), 3)}
+
+
+def seconds_in(stats: dict[Any, Any], file: str, name: str, caller: str | None = None) -> float:
+    """Time in a function and what it calls, of all its calls or those from one other function."""
+    found = 0.0
+    for (path, _, function), (*_, seconds, callers) in stats.items():
+        if (Path(path).name, function) == (file, name):
+            calls = [times[3] for (_, _, by), times in callers.items() if by == caller]
+            found += seconds if caller is None else sum(calls)
+    return found
 
 
 def show(rows: list[dict[str, Any]]) -> None:
