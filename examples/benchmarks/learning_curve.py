@@ -8,7 +8,8 @@ Trains one model for each share of each file's questions with the same number of
 judges its last weights on the config's validation files with the model's own budget, HotpotQA with
 T = 2. Sources that make up questions are left out, so that the annotated ones are all that differs;
 questions that the updates do not get to are worth nothing, so the largest share should not be more
-than they read. A share whose folder is there already is not trained again.
+than they read. A share whose folder is there already is not trained again, and one whose figures
+the file has is not judged again.
 """
 
 from __future__ import annotations
@@ -40,23 +41,35 @@ def main() -> None:
     annotated = [(source, count) for source in data["train"] if (count := questions(source))]
     files = {source["file"]: count for source, count in annotated}
     valid = [SourceConfig(**source) for source in data["val"]]
-    rows: list[dict[str, Any]] = []
     for share in options.shares:
+        if share in judged(options):
+            continue
         used = {name: max(1, round(share * count)) for name, count in files.items()}
         folder = options.folder / f"{share:g}"
         if not (folder / "curves.png").exists():
             limited = [{**source, "limit": used[source["file"]]} for source, _ in annotated]
             train(folder, limited, options)
-        rows.append({"share": share, "questions": sum(used.values()), **judge(folder, valid)})
-        print(*(f"{key}: {value}" for key, value in rows[-1].items()), sep="  ", flush=True)
-        report(
-            options.json,
-            options.seed,
-            config=options.config.name,
-            updates=options.updates,
-            rows=rows,
-        )
-    draw(rows, [source.format for source in valid], options.json)
+        row = {"share": share, "questions": sum(used.values()), **judge(folder, valid)}
+        print(*(f"{key}: {value}" for key, value in row.items()), sep="  ", flush=True)
+        rows = sorted([*judged(options).values(), row], key=lambda found: float(found["share"]))
+        report(options.json, options.seed, **training(options), rows=rows)
+    draw(list(judged(options).values()), [source.format for source in valid], options.json)
+
+
+def training(options: argparse.Namespace) -> dict[str, Any]:
+    """What all shares have in common."""
+    return {"config": options.config.name, "updates": options.updates}
+
+
+def judged(options: argparse.Namespace) -> dict[float, dict[str, Any]]:
+    """The figures that are there already, by the share, if they are of the same training."""
+    if not options.json.exists():
+        return {}
+    found = json.loads(options.json.read_text(encoding="utf-8"))
+    ours = {**training(options), "seed": options.seed}
+    if {name: found.get(name) for name in ours} != ours:
+        return {}
+    return {row["share"]: row for row in found["rows"]}
 
 
 def parse() -> argparse.Namespace:
@@ -91,7 +104,7 @@ def train(folder: Path, sources: Sequence[Mapping[str, Any]], options: argparse.
 def judge(folder: Path, valid: Sequence[SourceConfig]) -> dict[str, float]:
     """Fact-EM on each validation file."""
     model = QRAGModel.from_pretrained(folder / "model")
-    found = {}
+    found: dict[str, float] = {}
     for source in valid:
         samples = source.open()
         assert isinstance(samples, SampleList)
@@ -102,7 +115,6 @@ def judge(folder: Path, valid: Sequence[SourceConfig]) -> dict[str, float]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
-    rows = sorted(rows, key=lambda row: row["share"])
     figure, (axis,) = figures.panels(1)
     for name in names:
         axis.plot([row["questions"] for row in rows], [row[name] for row in rows], "o-", label=name)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import learning_curve
+import pytest
 import yaml
 from running import run, save_model, write_hotpotqa
 
@@ -34,3 +35,22 @@ def test_shares_of_the_annotated_questions(tmp_path: Path) -> None:
         kept = yaml.safe_load((folder / name / "config.yaml").read_text())
         assert [source["limit"] for source in kept["data"]["train"]] == [row["questions"]]
     assert out.with_name("curve_curve.png").exists()
+
+
+def test_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained: list[str] = []
+    monkeypatch.setattr(learning_curve, "train", lambda folder, *_: trained.append(folder.name))
+    monkeypatch.setattr(learning_curve, "judge", lambda *_: {"hotpotqa": 0.5})
+    file = write_hotpotqa(tmp_path)
+    questions = {"file": str(file), "format": "hotpotqa"}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"train": [questions], "val": [questions]}}))
+    out = tmp_path / "curve.json"
+    arguments = ("--config", config, "--folder", tmp_path / "runs", "--json", out, "--updates")
+    run(learning_curve, *arguments, 2, "--shares", 1)
+    run(learning_curve, *arguments, 2, "--shares", 0.34, 1)
+    assert trained == ["1", "0.34"]
+    assert [row["share"] for row in json.loads(out.read_text())["rows"]] == [0.34, 1]
+    run(learning_curve, *arguments, 3, "--shares", 1)  # another training
+    assert trained == ["1", "0.34", "1"]
+    assert [row["share"] for row in json.loads(out.read_text())["rows"]] == [1]
