@@ -51,9 +51,15 @@ def main() -> None:
             train(folder, limited, options)
         row = {"share": share, "questions": sum(used.values()), **judge(folder, valid)}
         print(*(f"{key}: {value}" for key, value in row.items()), sep="  ", flush=True)
-        rows = sorted([*judged(options).values(), row], key=lambda found: float(found["share"]))
-        report(options.json, options.seed, **training(options), rows=rows)
-    draw(list(judged(options).values()), [source.format for source in valid], options.json)
+        write([*judged(options).values(), row], options)
+    rows = list(judged(options).values())
+    write(rows, options)
+    draw(rows, [source.format for source in valid], options.json)
+
+
+def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    rows = sorted(rows, key=lambda row: float(row["share"]))
+    report(options.json, options.seed, **training(options), rows=rows)
 
 
 def training(options: argparse.Namespace) -> dict[str, Any]:
@@ -116,9 +122,12 @@ def judge(folder: Path, valid: Sequence[SourceConfig]) -> dict[str, float]:
 
 def draw(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) -> None:
     figure, (axis,) = figures.panels(1)
+    counts = [row["questions"] for row in rows]
     for name in names:
-        axis.plot([row["questions"] for row in rows], [row[name] for row in rows], "o-", label=name)
+        axis.plot(counts, [row[name] for row in rows], "o-", label=name)
     axis.set(xscale="log", xlabel="annotated questions", ylabel="Fact-EM", ylim=(0, 1.03))
+    axis.set_xticks(counts, [f"{count:,}" for count in counts])
+    axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
     figures.save(figure, file, "curve")

@@ -158,7 +158,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{row['case']}: {row['transitions_per_s']:.1f} transitions/s", end="")
         print(f" ({row['times_released_code']:.1f} x the released code)")
         for phase, share in row["share_of_time"].items():
-            print(f"    {phase:26} {100 * share:5.1f} %")
+            print(f"    {phase:33} {100 * share:5.1f} %")
 
 
 if __name__ == "__main__":
