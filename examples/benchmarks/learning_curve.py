@@ -58,6 +58,7 @@ def main() -> None:
 
 
 def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Write the figures, the smallest share first."""
     rows = sorted(rows, key=lambda row: float(row["share"]))
     report(options.json, options.seed, **training(options), rows=rows)
 
