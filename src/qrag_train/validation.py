@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from qrag_retriever.search import SearchOptions
-from qrag_train.evaluation import search_samples
+from qrag_train.evaluation import EmbeddedTexts, search_samples
 from qrag_train.metrics import retrieval_metrics
 from qrag_train.module import QRAGTrainingModule
 from qrag_train.rewards import path_return
@@ -34,6 +34,22 @@ class ValidatedTrainingModule(QRAGTrainingModule):
         """Number T of chunks that an episode retrieves."""
         return self.pqn.max_steps or self.model.config.max_steps
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin to keep embeddings of texts that recur from batch to batch."""
+        self._known = EmbeddedTexts(self.averaged)
+
+    def on_validation_epoch_end(self) -> None:
+        """Forget them: the encoder is about to change."""
+        del self._known
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to keep embeddings, as in a validation."""
+        self.on_validation_epoch_start()
+
+    def on_test_epoch_end(self) -> None:
+        """Forget them."""
+        self.on_validation_epoch_end()
+
     def validation_step(self, batch: Sequence[SupportSample], batch_idx: int) -> None:
         """Retrieve for some validation questions and log the scores."""
         del batch_idx
@@ -56,7 +72,8 @@ class ValidatedTrainingModule(QRAGTrainingModule):
         return batch
 
     def _judge(self, part: str, samples: Sequence[SupportSample]) -> None:
-        beams = search_samples(self.averaged, samples, SearchOptions(self.budget, runners_up=0))
+        options = SearchOptions(self.budget, runners_up=0)
+        beams = search_samples(self.averaged, samples, options, self._known)
         paths = [beam.retrieved for beam in beams]
         support = [sample.support for sample in samples]
         scores = retrieval_metrics(paths, support)
