@@ -20,6 +20,7 @@ from qrag_train.data import (
     hide_story,
     split_sentences,
 )
+from qrag_train.data.source import books
 
 BOOKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "books"
 STORY = SupportSample("s", "Where?", ("one.", "two.", "three."), (2, 0), "there")
@@ -106,6 +107,20 @@ def test_folders_without_books(tmp_path):
     )
     with pytest.raises(DatasetError, match="at least one book"):
         BackgroundText([])
+
+
+def test_sources_share_the_books_of_a_folder_as_they_are_now(tmp_path):
+    book = tmp_path / "a.txt"
+    book.write_text("The first book is here. It has two sentences.")
+    whole, one = books(tmp_path), books(tmp_path, 1)
+    assert whole.sentences == ("The first book is here.", "It has two sentences.")
+    assert len(one.sentences) == 1
+    assert books(tmp_path) is whole
+    book.write_text("It was written anew in the meantime.")
+    assert books(tmp_path).sentences == ("It was written anew in the meantime.",)
+    book.unlink()
+    with pytest.raises(DatasetError, match=r"holds 0 \.txt files"):
+        books(tmp_path)
 
 
 @given(st.integers(0, 70), st.integers(0, 100))

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning
 import pytest
+from tiny import Colours, tiny_model
 
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.search import SearchOptions
@@ -17,7 +18,6 @@ from qrag_train.loader import RolloutLoader, SampleLoader
 from qrag_train.metrics import retrieval_metrics
 from qrag_train.settings import OptimizerConfig, PQNConfig
 from qrag_train.validation import ValidatedTrainingModule
-from tiny import Colours, tiny_model
 
 CHUNKS = tuple(f"the {colour} cup fell" for colour in ("red", "blue", "green", "black"))
 SAMPLES = [

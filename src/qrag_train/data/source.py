@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from qrag_retriever.errors import DatasetError
@@ -105,9 +107,7 @@ class SourceConfig:
         if self.format == "corpus":
             return read_corpus_jsonl(str(self.corpus), self.file)[: self.limit]
         if self.format in ("babilong", "ruler"):
-            background = BackgroundText.from_folder(str(self.background))
-            if self.background_sentences is not None:
-                background = thinned(background, self.background_sentences)
+            background = books(Path(str(self.background)), self.background_sentences)
             if self.format == "ruler":
                 return self._ruler(background)
             told = stories(self.file, self.moves, self.places, self.things)
@@ -130,6 +130,28 @@ class SourceConfig:
             questions = read(self.questions)
         words = [] if self.words is None else read_words(self.words)
         return Ruler(task, self.tokens, background, words=words, questions=questions)
+
+
+def books(folder: Path, sentences: int | None = None) -> BackgroundText:
+    """The background that a folder holds, read once for all sources that share it.
+
+    Args:
+        folder: The books.
+        sentences: Take so many, evenly spread; ``None``: all.
+
+    Raises:
+        DatasetError: As `BackgroundText.from_folder`.
+    """
+    files = sorted(folder.glob("*.txt"))
+    state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    return _books(folder, state, sentences)
+
+
+@functools.lru_cache(maxsize=8)
+def _books(folder: Path, state: tuple[object, ...], sentences: int | None) -> BackgroundText:
+    del state  # a changed book is read anew
+    background = BackgroundText.from_folder(folder)
+    return background if sentences is None else thinned(background, sentences)
 
 
 def stories(
