@@ -209,6 +209,8 @@ class RolloutCollector:
     def _q(self, states: Tensor, network: int, episodes: NDArray[np.int64], rho: Tensor) -> Tensor:
         """Q of all chunks by each critic, float32 ``[episodes, N, critics]``, on the CPU.
 
+        0 beyond a sample's end.
+
         Args:
             states: Embeddings of the episodes' states, ``[episodes, d]``.
             network: 0: the trained one, 1: the target.
@@ -216,15 +218,20 @@ class RolloutCollector:
             rho: ρ of their chunks, ``[episodes, N]``.
         """
         vectors = self.embeddings.vectors[network]
-        rows = torch.from_numpy(self._rows[episodes]).to(vectors.device)
-        rotation = None
+        # chunks without the padding: documents of a mixture may differ in length a hundredfold
+        exists = torch.from_numpy(self._exists[episodes])
+        rows = torch.from_numpy(self._rows[episodes])[exists].to(vectors.device)
+        states = states[exists.nonzero()[:, 0].to(states.device)]
         if self._scheme.mode != "none":
             # few different ρ where they are integers
-            levels, level = torch.unique(rho.to(vectors.device), return_inverse=True)
+            levels, level = torch.unique(rho[exists].to(vectors.device), return_inverse=True)
             base = self._model.config.rotary_base
             rotation = phases(-levels, states.shape[1], base).to(torch.complex64)[level]
-        states = states[:, None] if rotation is None else turn(states[:, None], rotation)
-        return critic_values(states, embedding(rows, vectors), self._config.n_critics).cpu()
+            states = turn(states, rotation)
+        values = critic_values(states, embedding(rows, vectors), self._config.n_critics).cpu()
+        q = values.new_zeros(*exists.shape, self._config.n_critics)
+        q[exists] = values
+        return q
 
     def _state_ids(self, episodes: NDArray[np.int64] | None = None) -> list[TokenIds]:
         environment, order = self.environment, self._model.config.state_order
@@ -278,8 +285,9 @@ class RolloutCollector:
         """Embed what is not embedded yet, and note the embedding of each chunk in play."""
         lengths = [len(chunks) for chunks in self._chunks]
         rows = self.embeddings.rows(np.concatenate(self._chunks))
-        self._rows = np.zeros((len(lengths), max(lengths)), dtype=np.int64)
-        self._rows[np.arange(max(lengths)) < np.array(lengths)[:, None]] = rows
+        self._exists = np.arange(max(lengths)) < np.array(lengths)[:, None]
+        self._rows = np.zeros(self._exists.shape, dtype=np.int64)
+        self._rows[self._exists] = rows
 
     def _new_table(self) -> None:
         self.table = TextTable(self._model)
