@@ -69,13 +69,21 @@ def training(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def judged(options: argparse.Namespace) -> dict[float, dict[str, Any]]:
-    """The figures that are there already, by the share, if they are of the same training."""
+    """The figures that are there already, by the share.
+
+    Raises:
+        SystemExit: If they are of another training.
+    """
     if not options.json.exists():
         return {}
     found = json.loads(options.json.read_text(encoding="utf-8"))
     ours = {**training(options), "seed": options.seed}
-    if {name: found.get(name) for name in ours} != ours:
-        return {}
+    theirs = {name: found.get(name) for name in ours}
+    if theirs != ours:
+        raise SystemExit(
+            f"{options.json} has figures of {theirs}, this run would be of {ours}; give another "
+            "file as --json, or remove that one."
+        )
     return {row["share"]: row for row in found["rows"]}
 
 

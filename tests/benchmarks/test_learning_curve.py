@@ -51,6 +51,8 @@ def test_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     run(learning_curve, *arguments, 2, "--shares", 0.34, 1)
     assert trained == ["1", "0.34"]
     assert [row["share"] for row in json.loads(out.read_text())["rows"]] == [0.34, 1]
-    run(learning_curve, *arguments, 3, "--shares", 1)  # another training
-    assert trained == ["1", "0.34", "1"]
-    assert [row["share"] for row in json.loads(out.read_text())["rows"]] == [1]
+    before = out.read_text()
+    with pytest.raises(SystemExit, match=r"'updates': 2.*this run.*'updates': 3"):
+        run(learning_curve, *arguments, 3, "--shares", 1)
+    assert trained == ["1", "0.34"]
+    assert out.read_text() == before
