@@ -1,7 +1,7 @@
 """What storage types of embeddings cost in Fact-EM: the same searches in an index of each type.
 
-python examples/benchmarks/storage_types.py MODEL FILE --format hotpotqa --json OUT
-python examples/benchmarks/storage_types.py MODEL BABI.txt --format babilong --background BOOKS \
+    python examples/benchmarks/storage_types.py MODEL FILE --format hotpotqa --json OUT
+    python examples/benchmarks/storage_types.py MODEL BABI.txt --format babilong --background BOOKS \
         --sentences 1200 --json OUT
 """
 
