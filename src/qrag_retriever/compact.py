@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from qrag_retriever.errors import ModelFormatError
@@ -77,14 +77,7 @@ def unpack(source: Path, target: Path) -> None:
     firsts = _firsts(digests)
     for name in digests.keys() - {WEIGHTS}:
         _copy_file(source / firsts[digests[name]], target / name)
-    with safe_open(source / WEIGHTS, framework="pt") as stored:
-        places: dict[str, str] = json.loads(stored.metadata()["places"])
-    kept = load_file(source / WEIGHTS)
-    files: dict[str, dict[str, Tensor]] = {}
-    for own, place in places.items():
-        name, _, key = own.partition(":")
-        files.setdefault(name, {})[key] = _unpacked(kept, place)
-    for name, tensors in files.items():
+    for name, tensors in _encoders(source / WEIGHTS).items():
         save_file(tensors, target / name, metadata={"format": "pt"})
 
 
@@ -120,9 +113,7 @@ def check_manifest(folder: Path) -> dict[str, str]:
         repeated = {folder / name for name in digests if (folder / name).exists()}
     except (ValueError, AttributeError, TypeError) as error:
         raise ModelFormatError(f"{file} is damaged: {error}. Copy the model again.") from error
-    if outside := [
-        name for name in digests if Path(name).is_absolute() or ".." in Path(name).parts
-    ]:
+    if outside := [name for name in digests if not _is_inside(name)]:
         raise ModelFormatError(f"{file} names {min(outside)}, outside the model; do not use it.")
     for path in sorted(stored | repeated):
         check_sha256(path, digests[path.relative_to(folder).as_posix()])
@@ -131,6 +122,35 @@ def check_manifest(folder: Path) -> dict[str, str]:
             f"{min(foreign)} does not belong to the model; copy or install it again."
         )
     return digests
+
+
+def _encoders(file: Path) -> dict[str, dict[str, Tensor]]:
+    """The weights of each encoder, float32, by the name of their file.
+
+    Raises:
+        ModelFormatError: If the file is damaged, or names a file that is none of an encoder.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            places: dict[str, str] = json.loads(stored.metadata()["places"])
+        kept = load_file(file)
+        for own, place in places.items():
+            name, _, key = own.partition(":")
+            found.setdefault(name, {})[key] = _unpacked(kept, place)
+    except (ValueError, AttributeError, KeyError, TypeError, SafetensorError) as error:
+        raise ModelFormatError(f"{file} is damaged: {error}. Copy the model again.") from error
+    if foreign := [n for n in found if not _is_inside(n) or PurePath(n).name != _PLAIN]:
+        raise ModelFormatError(f"{file} names {min(foreign)}, no file of weights; do not use it.")
+    return found
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name stays in the folder it is relative to, on any system."""
+    return not any(
+        path.is_absolute() or path.drive or path.root or ".." in path.parts
+        for path in (PurePosixPath(name), PureWindowsPath(name))
+    )
 
 
 def _firsts(digests: dict[str, str]) -> dict[str, str]:

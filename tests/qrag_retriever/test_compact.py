@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qrag_retriever import QRAGModel, model_files
-from qrag_retriever.compact import MANIFEST, WEIGHTS, unpack
+from qrag_retriever.compact import MANIFEST, WEIGHTS, renew_manifest, unpack
 from qrag_retriever.errors import ModelFormatError
 
 
@@ -115,6 +116,44 @@ def test_a_manifest_cannot_write_outside_the_model(
     digests[name] = digests["README.md"]
     (folder / MANIFEST).write_text(json.dumps(digests))
     with pytest.raises(ModelFormatError, match="outside the model"):
+        QRAGModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside/model.safetensors",
+        "{folder}/model.safetensors",
+        "x.pth",
+        "C:\\model.safetensors",
+    ],
+)
+def test_weights_cannot_be_written_outside_the_model(
+    trained: QRAGModel, tmp_path: Path, name: str
+) -> None:
+    outside, folder = tmp_path / "outside", trained.save_pretrained(tmp_path / "m", compact=True)
+    outside.mkdir()
+    file = folder / WEIGHTS
+    with safe_open(file, framework="pt") as stored:
+        places = json.loads(stored.metadata()["places"])
+    foreign = f"{name.format(folder=outside)}:weight"
+    changed = {**places, foreign: next(iter(places.values()))}
+    save_file(load_file(file), file, metadata={"places": json.dumps(changed)})
+    renew_manifest(folder, [WEIGHTS])
+    with pytest.raises(ModelFormatError, match="no file of weights"):
+        QRAGModel.from_pretrained(folder)
+    assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("places", [None, "[]", "{", '{"model.safetensors:weight": "nowhere"}'])
+def test_weights_without_their_places_are_damaged(
+    trained: QRAGModel, tmp_path: Path, places: str | None
+) -> None:
+    folder = trained.save_pretrained(tmp_path / "m", compact=True)
+    file = folder / WEIGHTS
+    save_file(load_file(file), file, metadata=None if places is None else {"places": places})
+    renew_manifest(folder, [WEIGHTS])
+    with pytest.raises(ModelFormatError, match="damaged"):
         QRAGModel.from_pretrained(folder)
 
 
