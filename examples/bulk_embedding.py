@@ -36,15 +36,14 @@ def main() -> None:
         QRAGModel.from_encoder(device="cpu").save_pretrained(model)
     if not embedded.exists():
         chunks = read_chunks()[: arguments.chunks]
-        rows = [{"id": str(number), "text": text} for number, text in enumerate(chunks)]
+        rows = [{"number": number, "text": text} for number, text in enumerate(chunks)]
         dataset = ray.data.from_items(rows).repartition(4 * arguments.workers)
         embed_dataset(
             dataset, model, workers=arguments.workers, gpus=arguments.gpus, batch_size=64
         ).write_parquet(str(embedded))
 
     dataset = ray.data.read_parquet(str(embedded))
-    dataset = dataset.map(lambda row: {**row, "number": int(row["id"])}).sort("number")
-    index = index_of(dataset, QRAGModel.from_pretrained(model))
+    index = index_of(dataset, QRAGModel.from_pretrained(model), order_by="number")
     print(f"{len(index)} chunks embedded by {arguments.workers} workers")
     print(QRAGRetriever(index=index).search(QUESTION, k=4))
 

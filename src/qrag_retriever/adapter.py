@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from typing_extensions import Self, TypedDict, Unpack
 from qrag_retriever.constructors import Constructors, resolve_aliases
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
-from qrag_retriever.errors import IndexFormatError, InvalidInputError
+from qrag_retriever.errors import IndexFormatError, InvalidInputError, ModelFormatError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel, resolve_model
 from qrag_retriever.search import SearchOptions
@@ -179,12 +180,15 @@ class RetrieverAdapter(Constructors):
 
         Args:
             folder_path: The folder; what `save_local` wrote there before is replaced.
-            include_model: Write the model too, so that `load_local` needs nothing else.
+            include_model: Write the model too, so that `load_local` needs nothing else; otherwise
+                another one that `save_local` wrote there before goes.
         """
         folder = Path(folder_path).expanduser()
         self.index.save(folder / "index")
         if include_model:
             self.model.save_pretrained(folder / "model")
+        elif (folder / "model").is_dir() and not _is_model(folder / "model", self.model):
+            shutil.rmtree(folder / "model")
         settings = self._search_settings()
         new = folder / f".{_SETTINGS_FILE}.new"
         new.write_text(json.dumps(settings, indent=2), encoding="utf-8")
@@ -251,6 +255,21 @@ class RetrieverAdapter(Constructors):
         selection = {name: given.pop(name) for name in _SELECTION if name in given}
         selection.setdefault("filter", self.filter)
         return SearchOptions(**{**self._search_settings(), **given}), selection
+
+
+def _is_model(folder: Path, model: QRAGModel) -> bool:
+    """Whether a folder holds this very model."""
+    try:
+        there = QRAGModel.from_pretrained(folder, device="cpu")
+    except ModelFormatError:
+        return False
+    return there.config == model.config and all(
+        one.digest() == other.digest()
+        for one, other in (
+            (there.state_encoder, model.state_encoder),
+            (there.action_encoder, model.action_encoder),
+        )
+    )
 
 
 def known_overrides(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,24 +147,38 @@ def fill_store(
     return int(written.count())
 
 
-def index_of(dataset: Any, model: QRAGModel) -> ChunkIndex:
-    """An index of a dataset that `embed_dataset` made; its rows are the document's order.
+def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> ChunkIndex:
+    """An index of a dataset that `embed_dataset` made.
 
     Args:
         dataset: With the columns ``text`` and ``embedding``, and ``id`` if chunks have ids; all
             others become metadata.
         model: The model that embedded it.
+        order_by: Column by which chunks are put in document order, such as their number; ``None``:
+            as the rows arrive. Ray hands them out as they are ready, unless its data context says
+            ``execution_options.preserve_order``.
 
     Raises:
-        InvalidInputError: If a column is missing, or there are no rows, and see
-            `ChunkIndex.from_embeddings`.
+        InvalidInputError: If a column is missing, there are no rows, or the model has positions
+            and nothing says in which order the rows are; and see `ChunkIndex.from_embeddings`.
     """
+    ray_options = getattr(getattr(dataset, "context", None), "execution_options", None)
+    kept = getattr(ray_options, "preserve_order", True)
+    if order_by is None and not kept and model.config.positions != "none":
+        raise InvalidInputError(
+            f"A model with positions={model.config.positions!r} needs the chunks in document order,"
+            " which Ray does not keep; give order_by=, a column with each chunk's number."
+        )
     texts: list[str] = []
     metadatas: list[dict[str, Any]] = []
     ids: list[str] = []
     parts: list[NDArray[np.float32]] = []
+    places: list[NDArray[Any]] = []
+    needed = ("text", "embedding", *([] if order_by is None else [order_by]))
     for batch in dataset.iter_batches(batch_format="numpy"):
-        _check_columns(list(batch), ("text", "embedding"))
+        _check_columns(list(batch), needed)
+        if order_by is not None:
+            places.append(np.asarray(batch[order_by]))
         parts.append(np.stack(list(batch["embedding"])).astype(np.float32, copy=False))
         others = [name for name in batch if name not in ("id", "text", "embedding")]
         texts += map(str, batch["text"])
@@ -172,8 +186,14 @@ def index_of(dataset: Any, model: QRAGModel) -> ChunkIndex:
         metadatas += _rows(batch, others)
     if not texts:
         raise InvalidInputError("The dataset has no rows; give at least one text.")
+    embeddings = np.concatenate(parts)
+    if places:
+        order = np.argsort(np.concatenate(places), kind="stable")
+        embeddings = embeddings[order]
+        texts, metadatas = [texts[i] for i in order], [metadatas[i] for i in order]
+        ids = [ids[i] for i in order] if ids else ids
     chunks = to_chunks(texts, metadatas=metadatas, ids=ids or None)
-    return ChunkIndex.from_embeddings(chunks, np.concatenate(parts), model=model)
+    return ChunkIndex.from_embeddings(chunks, embeddings, model=model)
 
 
 def _rows(batch: Batch, names: list[str]) -> list[dict[str, Any]]:

@@ -156,6 +156,8 @@ def _own_id(item: object, number: int) -> str | None:
 
 
 def _chunk(item: Any, id_: str | None, metadata: Mapping[str, Any] | None, ids: _IdMaker) -> Chunk:
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise InvalidInputError(f"metadatas holds {metadata!r}; give a dict, or None, for each.")
     if isinstance(item, str):
         return Chunk(id_ or ids(item), item, copy.deepcopy(dict(metadata or {})))
     if metadata is not None:
@@ -180,7 +182,8 @@ def _checked_id(id_: object) -> str:
 def _per_item(name: str, values: Iterable[Any] | None, count: int) -> Sequence[Any]:
     if values is None:
         return [None] * count
-    entries = None if isinstance(values, (str, Mapping)) else list(values)
+    listed = isinstance(values, Iterable) and not isinstance(values, (str, Mapping))
+    entries = list(values) if listed else None
     if entries is None or len(entries) != count:
         raise InvalidInputError(
             f"{name} must be a list with one entry per item: {count} here; "

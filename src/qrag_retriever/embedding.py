@@ -10,6 +10,7 @@ import os
 import pickle
 import secrets
 import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,7 +24,7 @@ from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
 from qrag_retriever.vectors import StoredVectors, checked_vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator, Sequence
+    from collections.abc import Generator, Iterator
     from multiprocessing.queues import SimpleQueue
 
     from numpy.typing import NDArray
@@ -111,6 +112,8 @@ def embed(
     """
     if isinstance(devices, str):
         raise InvalidInputError(f"devices is a list of names; give [{devices!r}].")
+    if devices is not None and not isinstance(devices, Sequence):
+        raise InvalidInputError(f"devices={devices!r}; give a list of names, such as ['cpu'].")
     workers = len(devices or [None])
     size = _PART if checkpoint else min(_PART, -(-len(texts) // workers))
     parts = [texts[first : first + size] for first in range(0, len(texts), size)]
@@ -215,7 +218,7 @@ def _read(file: Path, dtype: StorageType, shape: tuple[int, int]) -> StoredVecto
             vectors = StoredVectors(arrays["values"], dtype, arrays.get("scales"))
         if vectors.shape != shape:
             raise ValueError(f"{vectors.shape} instead of {shape}")
-    except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
         raise IndexFormatError(
             f"The checkpoint {file} is damaged ({error}); delete this file, and what it held is "
             "embedded again."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from qrag_retriever.compiled import CompiledTransformer
 from qrag_retriever.errors import ConfigError
+from qrag_retriever.locks import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +53,7 @@ class Encoder(nn.Module):
             )
         self.layers = nn.Sequential(*modules)
         self.scale = scale
-        self._tokenizer_lock = threading.Lock()
+        self._tokenizer_lock = Lock()
         self.prefix, self.suffix = self._special_tokens()
         self.use("torch")
 
@@ -259,12 +259,10 @@ class Encoder(nn.Module):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"_tokenizer_lock", "_compiled"}
-        return {key: value for key, value in self.__dict__.items() if key not in left_out}
+        return {key: value for key, value in self.__dict__.items() if key != "_compiled"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._tokenizer_lock = threading.Lock()
         self.use(self.backend)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qrag_retriever.collector import collector_of
@@ -109,6 +110,16 @@ class MultiStepRetriever:
             yield from run.new_steps()
 
 
+def _checked_ids(ids: Collection[str] | None) -> list[str]:
+    """Ids that a search leaves out, as a list; ``None`` stands for none."""
+    if ids is None:
+        return []
+    given = [ids] if isinstance(ids, str) or not isinstance(ids, Iterable) else list(ids)
+    if isinstance(ids, str) or not all(isinstance(id_, str) for id_ in given):
+        raise InvalidInputError(f"exclude_ids={ids!r}; give a list of ids, each a str.")
+    return given
+
+
 class _Run:
     """Searches that go step by step together over what the index held at the start."""
 
@@ -123,10 +134,11 @@ class _Run:
         exclude_ids: Collection[str] = (),
         keep_q_values: bool = False,
     ) -> None:
+        if isinstance(queries, str):
+            raise InvalidInputError("Give a list of queries; for one, use search or invoke.")
         for query in queries:
             check_query(query)
-        if isinstance(exclude_ids, str):
-            raise InvalidInputError("exclude_ids is a list of ids, not one str; put it in a list.")
+        exclude_ids = _checked_ids(exclude_ids)
         self.model = model
         self.queries = queries
         self.candidates = index.candidates(

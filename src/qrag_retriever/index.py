@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from typing_extensions import Unpack
@@ -17,8 +16,9 @@ from qrag_retriever.chunk_store import MemoryChunks
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
+from qrag_retriever.locks import Lock
 from qrag_retriever.snapshot import Snapshot
-from qrag_retriever.storage import IndexContent, read_index, write_index
+from qrag_retriever.storage import IndexContent, generation_of, read_index, write_index
 from qrag_retriever.vectors import (
     StorageType,
     StoredVectors,
@@ -35,6 +35,25 @@ if TYPE_CHECKING:
     from qrag_retriever.search import SearchOptions
 
 __all__ = ["ChunkIndex", "Snapshot"]
+
+
+class _Saved(NamedTuple):
+    """Where an index was saved, the name of that save, and the version of the index then."""
+
+    folder: Path
+    generation: str
+    version: int
+
+
+def _load_again(kind: type[ChunkIndex], saved: _Saved, model: QRAGModel) -> ChunkIndex:
+    """What a pickle of a saved index does when it is read."""
+    index = kind.load(saved.folder, model=model)
+    if index._saved is None or index._saved.generation != saved.generation:  # noqa: SLF001
+        raise IndexFormatError(
+            f"Another index was saved in {saved.folder} since this one was pickled; load that one "
+            "with ChunkIndex.load, or pickle again."
+        )
+    return index
 
 
 class ChunkIndex(Corpus):
@@ -73,8 +92,8 @@ class ChunkIndex(Corpus):
         self.ann: AnnKind = ann
         self.dtype: StorageType = dtype
         self.fingerprint = model.fingerprint
-        self._lock = threading.RLock()  # held while the index changes
-        self._saved: tuple[str, int] | None = None  # where, and which version
+        self._lock = Lock()  # held while the index changes
+        self._saved: _Saved | None = None
         nothing = np.empty((0, model.dimension), dtype=np.float32)
         self._snapshot = self._view(MemoryChunks(), StoredVectors.of(nothing, dtype), 0)
 
@@ -218,8 +237,11 @@ class ChunkIndex(Corpus):
         Raises:
             InvalidInputError: If an id is not in the index. Nothing is removed then.
         """
-        if isinstance(ids, str):
-            raise InvalidInputError(f"Give a list of ids; got the one string {ids!r}.")
+        if isinstance(ids, str) or not isinstance(ids, Iterable):
+            raise InvalidInputError(f"Give a list of ids; got {ids!r}.")
+        ids = list(ids)
+        if foreign := [id_ for id_ in ids if not isinstance(id_, str)]:
+            raise InvalidInputError(f"An id is a str; got {foreign[0]!r}.")
         with self._lock:
             old = self._in_memory()
             found = [(id_, old.find(id_)) for id_ in ids]
@@ -294,8 +316,8 @@ class ChunkIndex(Corpus):
             ann_kind=self.ann,
             ann=None if ann is None else ann.to_bytes(),
         )
-        write_index(Path(path), content)
-        self._saved = (str(Path(path).resolve()), snapshot.version)
+        generation = write_index(Path(path), content)
+        self._saved = _Saved(Path(path).resolve(), generation, snapshot.version)
 
     @classmethod
     def load(cls, path: str | Path, *, model: QRAGModel, verify: bool = False) -> ChunkIndex:
@@ -326,7 +348,7 @@ class ChunkIndex(Corpus):
             )
         index = cls(model, ann=content.ann_kind, dtype=content.vectors.dtype)
         index._snapshot = index._view(content.chunks, content.vectors, 0, content.ann)
-        index._saved = (str(Path(path).resolve()), 0)
+        index._saved = _Saved(Path(path).resolve(), content.generation, 0)
         return index
 
     def _in_memory(self) -> MemoryChunks:
@@ -389,8 +411,11 @@ class ChunkIndex(Corpus):
 
     def __reduce__(self) -> tuple[Any, ...]:
         snapshot = self._snapshot
-        if self._saved is not None and self._saved[1] == snapshot.version:
-            return functools.partial(type(self).load, model=self.model), (self._saved[0],)
+        saved = self._saved
+        if saved is not None and saved.version == snapshot.version:
+            folder, generation, _ = saved
+            if generation_of(folder) == generation:  # nobody has saved another one there
+                return functools.partial(_load_again, type(self), model=self.model), (saved,)
         make = functools.partial(
             type(self).from_embeddings, model=self.model, ann=self.ann, dtype=self.dtype
         )

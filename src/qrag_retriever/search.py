@@ -53,6 +53,9 @@ class SearchOptions:
             value = getattr(self, name)
             if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
                 raise InvalidInputError(f"{name}={value!r}; give an integer of at least {least}.")
+        whole = isinstance(self.seed, (int, np.integer)) and not isinstance(self.seed, bool)
+        if self.seed is not None and not (whole and self.seed >= 0):
+            raise InvalidInputError(f"seed={self.seed!r}; give an integer of at least 0, or None.")
         if self.q_threshold is not None and not _is_number(self.q_threshold):
             raise InvalidInputError(
                 f"q_threshold={self.q_threshold!r}; give a number, or None to always use up k."

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import threading
+import itertools
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +14,18 @@ import numpy as np
 from qrag_retriever.candidates import SnapshotCandidates
 from qrag_retriever.chunk import Candidate, to_chunks
 from qrag_retriever.chunk_store import MemoryChunks
+from qrag_retriever.collector import in_thread
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import ConfigError, InvalidInputError
+from qrag_retriever.locks import Lock
 from qrag_retriever.model import resolve_model
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.vectors import StoredVectors, checked_vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -47,7 +50,7 @@ class EmbeddingCache:
         self.size = size
         self._version = self._model_version()
         self._kept: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Embeddings of texts, float32 ``[n, d]``; those that are not kept come from the model.
@@ -86,6 +89,9 @@ class EmbeddingCache:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return EmbeddingCache, (self.model, self.size)
 
 
 class SecondStage(Corpus):
@@ -139,9 +145,26 @@ class SecondStage(Corpus):
 
     async def fetched(self, queries: Iterable[str]) -> SecondStage:
         """The same with what the base retriever finds asynchronously, one query after the other."""
-        ask = self._base.ainvoke if hasattr(self._base, "ainvoke") else self._base.aretrieve
-        found = {query: list(await ask(query)) for query in dict.fromkeys(queries)}
-        return self.having({query: items[: self.limit] for query, items in found.items()})
+        return self.having({query: await self._fetch(query) for query in dict.fromkeys(queries)})
+
+    async def _fetch(self, query: str) -> list[Any]:
+        for name in ("ainvoke", "aretrieve"):
+            if hasattr(self._base, name):
+                return self._first(await getattr(self._base, name)(query))
+        return await in_thread(self._ask, query)
+
+    def _ask(self, query: str) -> list[Any]:
+        ask = self._base.invoke if hasattr(self._base, "invoke") else self._base.retrieve
+        return self._first(ask(query))
+
+    def _first(self, found: Any) -> list[Any]:
+        """The items that are considered of what the base retriever returns."""
+        if isinstance(found, str | bytes | Mapping) or not isinstance(found, Iterable):
+            raise InvalidInputError(
+                f"{type(self._base).__name__} returned a {type(found).__name__}, no list of "
+                "Documents, nodes or texts; give a retriever, or a runnable from a query to these."
+            )
+        return list(itertools.islice(found, self.limit))
 
     def candidates(
         self,
@@ -173,11 +196,7 @@ class SecondStage(Corpus):
 
     def _chunks(self, query: str) -> list[Candidate]:
         """The candidates for a query; of several with one id the first."""
-        if query in self.found:
-            found = self.found[query]
-        else:
-            ask = self._base.invoke if hasattr(self._base, "invoke") else self._base.retrieve
-            found = list(ask(query))[: self.limit]
+        found = self.found[query] if query in self.found else self._ask(query)
         items: dict[Any, Any] = {}
         for number, item in enumerate(found):
             bare = item.node if hasattr(item, "node") and hasattr(item, "score") else item
@@ -230,12 +249,18 @@ class Selector:
         engine = MultiStepRetriever(self.model, self._stage.having({query: items}))
         return engine.search(query, self.options)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selector:
+        return self
+
 
 def _asking_for(base: Any, candidates: int) -> Any:
     """A copy of a retriever that returns so many, where it is of a kind that can be told."""
     fields = getattr(type(base), "model_fields", {})
     if "search_kwargs" in fields:
-        return base.model_copy(update={"search_kwargs": {**base.search_kwargs, "k": candidates}})
+        given = {**base.search_kwargs, "k": candidates}
+        if getattr(base, "search_type", None) == "mmr":  # it chooses k of so many
+            given["fetch_k"] = max(candidates, given.get("fetch_k", 0))
+        return base.model_copy(update={"search_kwargs": given})
     if "k" in fields:
         return base.model_copy(update={"k": candidates})
     if hasattr(base, "similarity_top_k"):

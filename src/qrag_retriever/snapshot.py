@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from qrag_retriever.ann import AnnIndex, AnnKind
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.filters import CompiledFilter, compile_filter
+from qrag_retriever.locks import Lock
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
@@ -50,7 +50,7 @@ class Snapshot:
         self._stored_ann = stored_ann
         self._ann: AnnIndex | None = None
         self._selections: dict[Hashable, NDArray[np.int64]] = {}
-        self._lock = threading.Lock()
+        self._lock = Lock()
 
     @property
     def embeddings(self) -> NDArray[np.float32]:

@@ -53,6 +53,7 @@ class IndexContent:
         fingerprint: Of the model that made them.
         ann_kind: Its kind of approximate index, or ``"none"``.
         ann: The approximate index as bytes, if it is worth keeping.
+        generation: Name of this save among all; empty before it.
     """
 
     chunks: ChunkSequence
@@ -60,10 +61,14 @@ class IndexContent:
     fingerprint: str
     ann_kind: AnnKind
     ann: NDArray[np.uint8] | None
+    generation: str = ""
 
 
-def write_index(folder: Path, content: IndexContent) -> None:
+def write_index(folder: Path, content: IndexContent) -> str:
     """Save an index in a folder, in place of the index that may be there.
+
+    Returns:
+        The name of this save, its generation.
 
     Raises:
         InvalidInputError: If a chunk cannot be saved, or the folder holds something else. Nothing
@@ -107,6 +112,15 @@ def write_index(folder: Path, content: IndexContent) -> None:
             _sync_folder(folder)
         finally:
             _remove_leftovers(folder)
+    return generation
+
+
+def generation_of(folder: Path) -> str | None:
+    """The name of the save that a folder holds, ``None`` if it cannot be read."""
+    try:
+        return str(_read_manifest(folder)["generation"])
+    except (IndexFormatError, OSError):
+        return None
 
 
 def read_index(folder: Path, *, verify: bool) -> IndexContent:
@@ -150,7 +164,8 @@ def _open(folder: Path, manifest: dict[str, Any], verify: bool) -> IndexContent:
     chunks = StoredChunks(paths["chunks"], count)
     ann = np.memmap(paths["ann"], np.uint8, mode="r").view(np.ndarray) if "ann" in paths else None
     vectors = StoredVectors(values, dtype, scales)
-    return IndexContent(chunks, vectors, manifest["fingerprint"], manifest["ann"], ann)
+    names = manifest["fingerprint"], manifest["ann"]
+    return IndexContent(chunks, vectors, *names, ann, manifest["generation"])
 
 
 def _save_array(array: NDArray[Any], path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
+import torch
 from corpus import (
     IDS,
     METADATAS,
@@ -243,6 +245,35 @@ def test_saving_without_the_model(kind, tmp_path):
         )
     with pytest.raises(FingerprintMismatchError):
         kind.load_local(tmp_path, model=make_model(scale=0.25))
+
+
+def test_saving_without_the_model_leaves_no_other_one(tmp_path):
+    make().save_local(tmp_path)
+    make().save_local(tmp_path, include_model=False)
+    assert langchain.QRAGRetriever.load_local(tmp_path).search(QUERY) == make().search(QUERY)
+    other = copy.deepcopy(MODEL)
+    with torch.no_grad():
+        for weight in other.state_encoder.parameters():
+            weight.mul_(1.5)
+    langchain.QRAGRetriever(index=make_index(other)).save_local(tmp_path, include_model=False)
+    with pytest.raises(IndexFormatError, match="give model="):
+        langchain.QRAGRetriever.load_local(tmp_path)
+
+
+@pytest.mark.parametrize("ids", ["one", 3, [3], [[]]])
+def test_ids_to_leave_out_are_texts(ids):
+    with pytest.raises(InvalidInputError, match="exclude_ids="):
+        make().search(QUERY, exclude_ids=ids)
+
+
+def test_no_ids_to_leave_out():
+    assert make().search(QUERY, exclude_ids=None) == make().search(QUERY)
+
+
+def test_one_query_is_no_batch():
+    for call in (make().batch, make().search_batch):
+        with pytest.raises(InvalidInputError, match="list of queries"):
+            call(QUERY)
 
 
 @either

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ class Rows:
 
     def __init__(self, *batches: dict[str, Any]) -> None:
         self.batches = batches
+        self.context: Any = None
 
     def iter_batches(self, batch_format: str) -> Any:
         assert batch_format == "numpy"
@@ -65,6 +67,37 @@ def test_an_index_of_batches_is_the_index_of_the_texts(tiny_model: QRAGModel) ->
     np.testing.assert_allclose(index.snapshot().embeddings, embeddings, atol=1e-6)
     numbered = index_of(Rows({**parts[0], "id": np.arange(10)}), tiny_model)
     assert [chunk.id for chunk in numbered.snapshot().chunks] == list(map(str, range(10)))
+
+
+def test_batches_in_another_order_are_put_in_order(tiny_model: QRAGModel) -> None:
+    embeddings = tiny_model.encode_actions(TEXTS)
+    mixed = np.random.default_rng(0).permutation(24)
+    parts = [
+        {
+            "id": np.array([f"chunk {i}" for i in some]),
+            "text": np.array([TEXTS[i] for i in some]),
+            "number": some,
+            "embedding": np.array([*embeddings[some], None], dtype=object)[:-1],
+        }
+        for some in (mixed[:7], mixed[7:])
+    ]
+    index = index_of(Rows(*parts), tiny_model, order_by="number")
+    assert [chunk.text for chunk in index.snapshot().chunks] == TEXTS
+    assert [chunk.id for chunk in index.snapshot().chunks] == [f"chunk {i}" for i in range(24)]
+    assert [chunk.metadata["number"] for chunk in index.snapshot().chunks] == list(range(24))
+    np.testing.assert_allclose(index.snapshot().embeddings, embeddings, atol=1e-6)
+    with pytest.raises(InvalidInputError, match="lacks page"):
+        index_of(Rows(*parts), tiny_model, order_by="page")
+
+
+def test_a_model_with_positions_needs_the_order(tiny_model: QRAGModel) -> None:
+    rows = Rows({"text": np.array(TEXTS), "embedding": tiny_model.encode_actions(TEXTS)})
+    rows.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=False))
+    assert tiny_model.config.positions != "none"
+    with pytest.raises(InvalidInputError, match="order_by"):
+        index_of(rows, tiny_model)
+    rows.context.execution_options.preserve_order = True
+    assert len(index_of(rows, tiny_model)) == 24
 
 
 def test_a_batch_written_twice_is_there_once() -> None:

@@ -113,6 +113,8 @@ def test_ids_and_metadatas_go_to_their_items() -> None:
         (["a"], {"ids": [7]}, "non-empty strings"),
         (["a"], {"ids": [""]}, "non-empty strings"),
         (["a"], {"metadatas": [{}, {}]}, "1 here; got 2"),
+        (["a"], {"metadatas": [3]}, "metadatas holds 3"),
+        (["a"], {"metadatas": 3}, "list with one entry per item"),
         (["a"], {"metadatas": {"page": 1}}, "list with one entry per item"),
         ([Document("a")], {"metadatas": [{"page": 1}]}, "brings its own metadata"),
     ],

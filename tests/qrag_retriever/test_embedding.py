@@ -73,10 +73,11 @@ def test_a_checkpoint_serves_its_own_texts_model_and_type_alone(small_parts, tmp
         assert np.array_equal(index.snapshot().embeddings, stored.float32())
 
 
-def test_a_damaged_part_is_named(small_parts, tmp_path):
+@pytest.mark.parametrize("left", [100, 0])
+def test_a_damaged_part_is_named(small_parts, tmp_path, left):
     ChunkIndex.from_texts(TEXTS, model=FakeModel(), checkpoint=tmp_path)
     file = min(tmp_path.iterdir())
-    file.write_bytes(file.read_bytes()[:100])
+    file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(IndexFormatError, match=f"{file.name} is damaged.*delete"):
         ChunkIndex.from_texts(TEXTS, model=FakeModel(), checkpoint=tmp_path)
     file.unlink()
@@ -106,6 +107,9 @@ def test_a_process_that_ends_is_an_error(small_parts):
         ChunkIndex.from_texts(TEXTS, model=ExitingModel(), devices=["cpu"])
 
 
-def test_devices_are_a_list():
-    with pytest.raises(InvalidInputError, match=r"give \['cuda:0'\]"):
-        ChunkIndex.from_texts(TEXTS, model=FakeModel(), devices="cuda:0")
+@pytest.mark.parametrize(
+    ("devices", "message"), [("cuda:0", r"give \['cuda:0'\]"), (3, "devices=3; give a list")]
+)
+def test_devices_are_a_list(devices, message):
+    with pytest.raises(InvalidInputError, match=message):
+        ChunkIndex.from_texts(TEXTS, model=FakeModel(), devices=devices)

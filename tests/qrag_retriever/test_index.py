@@ -14,7 +14,7 @@ from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
 from qrag_retriever.chunk import Chunk
 from qrag_retriever.chunk_store import MemoryChunks
-from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
+from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
 
 
@@ -307,6 +307,26 @@ def test_a_pickle_of_a_saved_index_holds_its_path_only(tmp_path: Path) -> None:
     index.add(["more"])
     again = pickle.loads(pickle.dumps(index))
     assert list(again.snapshot().chunks) == list(index.snapshot().chunks)
+
+
+def test_a_pickle_never_loads_an_index_that_was_saved_later(tmp_path: Path) -> None:
+    model = FakeModel()
+    first = ChunkIndex.from_texts(["the first"], model=model)
+    first.save(tmp_path / "index")
+    dumped = pickle.dumps(first)
+    ChunkIndex.from_texts(["the second"], model=model).save(tmp_path / "index")
+    with pytest.raises(IndexFormatError, match="since this one was pickled"):
+        pickle.loads(dumped)
+    again = pickle.loads(pickle.dumps(first))
+    assert [chunk.text for chunk in again.snapshot().chunks] == ["the first"]
+
+
+@pytest.mark.parametrize("ids", ["a", None, [[]], [3]])
+def test_what_is_deleted_is_a_list_of_ids(ids: Any) -> None:
+    index = ChunkIndex.from_texts(["the first"], ids=["a"], model=FakeModel())
+    with pytest.raises(InvalidInputError, match="id"):
+        index.delete(ids)
+    assert len(index) == 1
 
 
 def test_repr_and_errors_show_no_texts() -> None:

@@ -198,6 +198,8 @@ def test_nan_is_refused():
         ({"k": 1.5}, "k=1.5"),
         ({"k": True}, "k=True"),
         ({"k": 1, "beams": 0}, "beams=0"),
+        ({"k": 1, "seed": -1}, "seed=-1"),
+        ({"k": 1, "seed": "a"}, "seed='a'"),
         ({"k": 1, "chunks_per_step": 0}, "chunks_per_step=0"),
         ({"k": 1, "runners_up": -1}, "runners_up=-1"),
         ({"k": 1, "q_threshold": math.nan}, "q_threshold=nan"),

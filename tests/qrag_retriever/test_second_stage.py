@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -201,6 +202,37 @@ def test_what_fails_in_the_base_is_not_hidden():
     wrong = QRAGRetriever.from_retriever(RunnableLambda(lambda query: [3]), model=MODEL)
     with pytest.raises(InvalidInputError, match="of type int"):
         wrong.invoke(QUERY)
+
+
+@pytest.mark.parametrize("found", ["Paris", b"Paris", {"context": documents()}, None, 3])
+def test_what_is_no_list_is_refused(found):
+    retriever = QRAGRetriever.from_retriever(RunnableLambda(lambda query: found), model=MODEL)
+    with pytest.raises(InvalidInputError, match=f"returned a {type(found).__name__}"):
+        retriever.invoke(QUERY)
+
+
+async def test_a_base_that_has_invoke_alone():
+    class Finds:
+        def invoke(self, query):
+            return iter(documents())
+
+    retriever = QRAGRetriever.from_retriever(Finds(), model=MODEL)
+    assert [found.id for found in await retriever.ainvoke(QUERY)] == expected(documents())
+    assert [found.id for found in retriever.invoke(QUERY)] == expected(documents())
+
+
+def test_pickles_select_the_same():
+    items = documents()
+    stage = QRAGRetriever.from_retriever(Finder(documents=items), model=MODEL)
+    again = pickle.loads(pickle.dumps(stage))
+    assert [found.id for found in again.invoke(QUERY)] == expected(items)
+    compressor = pickle.loads(pickle.dumps(QRAGDocumentCompressor(MODEL)))
+    assert [found.id for found in compressor.compress_documents(items, QUERY)] == expected(items)
+    chosen = pickle.loads(pickle.dumps(QRAGNodePostprocessor(MODEL)))
+    found = chosen.postprocess_nodes(
+        [NodeWithScore(node=node) for node in nodes()], query_str=QUERY
+    )
+    assert [one.node.node_id for one in found] == expected(nodes())
 
 
 def test_embeddings_are_kept_by_content(monkeypatch):
