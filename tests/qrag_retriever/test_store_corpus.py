@@ -12,6 +12,7 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import VectorStoreIndex
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.schema import TextNode
+from llama_index.core.vector_stores.types import VectorStoreQueryResult
 
 from qrag_retriever import QRAGEmbeddings, QRAGRetriever
 from qrag_retriever.chunk import Chunk
@@ -25,7 +26,7 @@ from qrag_retriever.errors import (
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.vector_stores import corpus as store_corpus
 from qrag_retriever.vector_stores.mapping import LangChainChroma, LangChainPostgres
-from qrag_retriever.vector_stores.milvus import LangChainMilvus
+from qrag_retriever.vector_stores.milvus import LangChainMilvus, LlamaIndexMilvus
 from qrag_retriever.vector_stores.store import Request, Store
 
 PLAIN = shared_model()
@@ -127,6 +128,9 @@ def test_another_model(over):
     ):
         with pytest.raises(FingerprintMismatchError, match="filled by another model"):
             over(Memory(vectors=vectors))
+    manhattan = Memory(score=lambda vector, query: -float(abs(vector - query).sum()))
+    with pytest.raises(FingerprintMismatchError, match="another metric, or compressed vectors"):
+        over(manhattan)
     halved = PLAIN.encode_actions(TEXTS).astype(np.float16).astype(np.float32)
     over(Memory(vectors=halved))  # stores may keep half precision
     with pytest.raises(FingerprintMismatchError):
@@ -202,6 +206,69 @@ def test_equal_chunks_come_in_document_order(over):
     assert found.chunk_ids == oracle.search(QUERY).chunk_ids
 
 
+def repeated(model, seed):
+    """A document of few sentences, its index, and a store whose order is another."""
+    random = np.random.default_rng(seed)
+    rows = random.integers(0, random.integers(1, len(TEXTS) + 1), random.integers(9, 300))
+    chunks = [Chunk(str(n), TEXTS[row], {"number": n}) for n, row in enumerate(rows.tolist())]
+    vectors = PLAIN.encode_actions(TEXTS)[rows]
+    order = random.permutation(len(rows))
+    store = Memory([chunks[n] for n in order], vectors[order])
+    return ChunkIndex.from_embeddings(chunks, vectors, model=model), store
+
+
+@pytest.mark.parametrize("settings", [{"k": 6}, {"k": 6, "chunks_per_step": 2, "runners_up": 1}])
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("model", [PLAIN, RELATIVE], ids=["none", "relative"])
+def test_sentences_that_stand_in_a_document_many_times(over, model, seed, settings):
+    index, store = repeated(model, seed)
+    settings = dict(settings)
+    call = {"runners_up": settings.pop("runners_up", 3)}
+    oracle = QRAGRetriever(index=index, **settings)
+    for query in QUERIES:
+        expected = oracle.search(query, **call)
+        found = over(store, model, **settings).search(query, **call)
+        assert found.chunk_ids == expected.chunk_ids
+        for step, other in zip(found, expected, strict=True):
+            assert [r.chunk_id for r in step.runners_up] == [r.chunk_id for r in other.runners_up]
+    ids = [*expected.chunk_ids[:2], "elsewhere"]
+    found = over(store, model, **settings).search(QUERY, exclude_ids=ids)
+    assert found.chunk_ids == oracle.search(QUERY, exclude_ids=ids[:2]).chunk_ids
+
+
+@pytest.mark.parametrize("most", [16, 1000])
+def test_how_many_equal_chunks_are_asked_for(over, monkeypatch, most):
+    monkeypatch.setattr(store_corpus, "_MOST", most)
+    chunks = [Chunk(str(n), TEXTS[0], {"number": n}) for n in range(99, -1, -1)]
+    store = Memory(chunks, np.repeat(PLAIN.encode_actions(TEXTS[:1]), 100, axis=0))
+    limits = []
+    store.nearest = lambda request: limits.append(request.limit) or Memory.nearest(store, request)
+    retriever = over(store, k=1)
+    limits.clear()
+    [found] = retriever.search(QUERY, runners_up=3)
+    assert limits == ([5, 16] if most == 16 else [5, 20, 80, 320])
+    assert found.chunk.id == ("84" if most == 16 else "0")
+
+
+class Narrow(Memory):
+    """As an approximate index that never finds more than so many chunks."""
+
+    most = 5
+
+    def nearest(self, request):
+        return super().nearest(request)[: self.most]
+
+
+def test_a_store_that_finds_no_more_than_are_needed(over):
+    rows = [0] * 40 + [1] * 40
+    chunks = [Chunk(str(n), TEXTS[row], {"number": n}) for n, row in enumerate(rows)]
+    retriever = over(Narrow(chunks, PLAIN.encode_actions(TEXTS)[rows]), RELATIVE, k=2)
+    assert len(retriever.search(QUERY, runners_up=3)) == 2
+    retriever.index._store.most = 3
+    with pytest.raises(VectorStoreError, match="returned 3 of 4 chunks"):
+        retriever.search(QUERY, runners_up=3)
+
+
 def test_what_fails_is_our_error_with_the_cause(over):
     store = Memory()
     store.error = ConnectionError("no route")
@@ -224,6 +291,11 @@ def test_what_cannot_be_right_is_refused(over):
     same = Memory([*CHUNKS[:-1], Chunk("x", TEXTS[-1], METADATAS[3])])
     with pytest.raises(VectorStoreError, match="a number of its own"):
         over(same, RELATIVE).search(QUERY)
+    steps = over(renamed := Memory(), RELATIVE).stream_search(QUERY)
+    next(steps)
+    renamed.chunks[:] = [Chunk(f"new-{c.id}", c.text, c.metadata) for c in CHUNKS]
+    with pytest.raises(VectorStoreError, match=r"have the same number .*changed during the search"):
+        next(steps)
     retriever = over(Memory(), RELATIVE)
     retriever.index._store.lost = 1
     with pytest.raises(VectorStoreError, match="returned 0 of 1 chunks"):
@@ -264,6 +336,49 @@ def test_documents_without_an_id(kind):
     store = kind(Idless(), None)
     with pytest.raises(VectorStoreError, match=r"without an id|without its primary key"):
         store.search([Request(np.ones(4, dtype=np.float32), 3)])
+
+
+class Nameless:
+    """As LlamaIndex's Milvus where entities hold no node: it makes one up for each hit."""
+
+    def query(self, query, string_expr):
+        q_values = PLAIN.encode_actions(TEXTS) @ np.array(query.query_embedding, dtype=np.float32)
+        best = np.argsort(-q_values)[: query.similarity_top_k].tolist()
+        return VectorStoreQueryResult(
+            nodes=[TextNode(text=TEXTS[row]) for row in best],
+            similarities=q_values[best].tolist(),
+            ids=[1000 + row for row in best],
+        )
+
+
+def test_nodes_whose_ids_are_made_up(over):
+    store = LlamaIndexMilvus(Nameless(), None)
+    expected = QRAGRetriever(index=make_index(PLAIN), k=9).search(QUERY)
+    ids = [f"100{step.index}" for step in expected]
+    assert over(store, k=9).search(QUERY).chunk_ids == ids
+    assert [found.node.node_id for found in over(store, k=9).retrieve(QUERY)] == ids
+    found = over(store, k=4).search(QUERY, exclude_ids=ids[:2])
+    assert not set(found.chunk_ids) & set(ids[:2])
+
+
+@pytest.mark.parametrize("kind", [LangChainChroma, LangChainPostgres])
+def test_mappings_with_empty_parts(kind):
+    store = kind(Idless(), None)
+    a = {"tenant": "a"}
+    for filled in (a, {"tenant": {"$in": ["a"]}}, {"$and": [a, {"$or": [a, a]}]}, {"$not": a}):
+        assert store.narrowed(filled).filters == (filled,)
+    for empty in (
+        {},
+        {"$and": [{}]},
+        {"$and": []},
+        {"$or": [a, {}]},
+        {"$and": [a, {"$or": [{"$and": [{}]}]}]},
+        {"$not": {}},
+        {"tenant": {}},
+        {**a, "$or": ()},
+    ):
+        with pytest.raises(InvalidInputError, match="a part of it holds no condition"):
+            store.narrowed(empty)
 
 
 class Client:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import uuid
 
 import faiss
+import numpy as np
 import pytest
-from corpus import QUERIES, QUERY, make_model, shared_model
+from corpus import QUERIES, QUERY, TEXTS, make_model, shared_model
+from langchain_core.documents import Document
 from llama_index.core import VectorStoreIndex
-from stores import ENGINES, documents, items_for
+from stores import ENGINES, documents, in_llama_index, items_for
 
 from qrag_retriever import QRAGEmbedding, QRAGRetriever, langchain, llama_index
 from qrag_retriever.errors import (
@@ -224,6 +228,64 @@ def test_filters_that_are_none_or_of_another_kind(filled):
             over(store).search(QUERY, filter=wrong)
 
 
+def with_empty_parts(name):
+    """Filters that let all tenants pass, and do not look so."""
+    if name == "langchain-milvus":
+        return ["", " "]
+    if name == "langchain-qdrant":
+        from qdrant_client import models
+
+        empty, least = models.Filter(), models.MinShould(conditions=[models.Filter()], min_count=1)
+        a = models.FieldCondition(key="metadata.tenant", match=models.MatchValue(value="a"))
+        every = models.FieldCondition(key="metadata.number", range=models.Range())
+        nested = models.Nested(key="metadata", filter=empty)
+        return [
+            empty,
+            models.Filter(must=[]),
+            models.Filter(must=[empty]),
+            models.Filter(must=empty),
+            models.Filter(should=[a, empty]),
+            models.Filter(must=[models.Filter(must=[empty])], must_not=[]),
+            models.Filter(min_should=least),
+            models.Filter(min_should=models.MinShould(conditions=[a], min_count=0)),
+            models.Filter(must=[every]),
+            models.Filter(must=[models.NestedCondition(nested=nested)]),
+        ]
+    if name.startswith("langchain"):
+        return [{}, {"$and": [{}]}, {"$or": [{"tenant": "a"}, {}]}, {"$not": {}}, {"tenant": {}}]
+    from llama_index.core.vector_stores import MetadataFilter, MetadataFilters
+
+    empty, a = MetadataFilters(filters=[]), MetadataFilter(key="tenant", value="a")
+    return [empty, MetadataFilters(filters=[empty]), MetadataFilters(filters=[a, empty])]
+
+
+def test_filters_with_empty_parts(filled, request):
+    store, _, _ = filled
+    for empty in with_empty_parts(request.node.callspec.id):
+        with pytest.raises(InvalidInputError):
+            over(store, filter=empty)
+        with pytest.raises(InvalidInputError):
+            over(store).search(QUERY, filter=empty)
+
+
+def test_what_the_caller_does_to_a_filter_later_changes_nothing(filled, request):
+    store, own, items = filled
+    if not own.portable:  # these filters are values
+        return
+    if request.node.callspec.id.startswith("langchain"):
+        values = ["a"]
+        mine = {"tenant": {"$in": values}}
+    else:
+        from llama_index.core.vector_stores import MetadataFilter, MetadataFilters
+
+        mine = MetadataFilters(filters=[MetadataFilter(key="tenant", value=["a"], operator="in")])
+        values = mine.filters[0].value
+    tenant = over(store, k=20, filter=mine)
+    for later in (["a", "b"], ["b"]):
+        values[:] = later
+        check(tenant.search(QUERY), local(items, k=20).search(QUERY, filter={"tenant": "a"}))
+
+
 def test_other_models_dimensions_and_empty_stores(engine, tmp_path, tiny_model):
     own, items = engine
     with pytest.raises(VectorStoreError, match="16"):
@@ -293,6 +355,49 @@ def test_llama_index_faiss_without_its_texts(tmp_path):
         over(index.vector_store)
 
 
+def test_llama_index_faiss_that_maps_ids(tmp_path):
+    module = pytest.importorskip("llama_index.vector_stores.faiss")
+    store = module.FaissMapVectorStore(faiss.IndexIDMap2(faiss.IndexFlatIP(PLAIN.dimension)))
+    index = in_llama_index(store, PLAIN, items_for("llama-index-faiss")[:8])
+    for made in (store, index):
+        with pytest.raises(VectorStoreError, match="belongs to which row; use a FaissVectorStore"):
+            over(made)
+
+
+def test_faiss_with_compressed_vectors(tmp_path):
+    own, items = ENGINES["langchain-faiss"], documents()
+    store = own.fill(PLAIN, tmp_path, [])
+    store.index = faiss.index_factory(PLAIN.dimension, "PQ4x2", faiss.METRIC_INNER_PRODUCT)
+    store.index.train(PLAIN.encode_actions([item.page_content for item in items]))
+    store.add_documents(items, ids=[item.id for item in items])
+    with pytest.raises(FingerprintMismatchError, match="another metric, or compressed vectors"):
+        over(store)
+
+
+@pytest.mark.parametrize("name", ["langchain-qdrant", "langchain-faiss"])
+def test_sentences_that_stand_in_a_document_many_times(name, tmp_path):
+    numbers = np.random.default_rng(7).integers(0, 6, 300).tolist()
+    items = [
+        Document(TEXTS[number], id=str(uuid.UUID(int=place)), metadata={"number": place})
+        for place, number in enumerate(numbers)
+    ]
+    store = ENGINES[name].fill(PLAIN, tmp_path, items)
+    # Qdrant's local mode takes a second for the searches of a step with positions
+    for model in (PLAIN,) if "qdrant" in name else (PLAIN, RELATIVE, RELEASED):
+        retriever, oracle = over(store, model, number_key="number", k=12), local(items, model, k=12)
+        for query in QUERIES:
+            check(retriever.search(query), oracle.search(query))
+
+
+@pytest.mark.parametrize("model", [PLAIN, RELATIVE], ids=["none", "relative"])
+def test_a_retriever_can_be_pickled_where_its_store_can(model, tmp_path):
+    own, items = ENGINES["langchain-faiss"], documents()
+    store = own.fill(PLAIN, tmp_path, items)
+    retriever = over(store, model, k=4, filter={"tenant": "a"})
+    again = pickle.loads(pickle.dumps(retriever))
+    check(again.search(QUERY), retriever.search(QUERY))
+
+
 @pytest.mark.parametrize("kind", ["HNSW32,Flat", "IVF2,Flat"])
 def test_approximate_faiss_indexes(kind, tmp_path):
     own, items = ENGINES["langchain-faiss"], documents()
@@ -308,6 +413,22 @@ def test_approximate_faiss_indexes(kind, tmp_path):
             over(store, model).search(QUERY, filter=chosen),
             local(items, model).search(QUERY, filter=chosen),
         )
+
+
+def test_points_that_hold_no_node(tmp_path):
+    own, items = ENGINES["llama-index-qdrant"], items_for("llama-index-qdrant")[:8]
+    store = own.fill(PLAIN, tmp_path, [])
+    models = pytest.importorskip("qdrant_client").models
+    vectors = PLAIN.encode_actions([item.text for item in items]).tolist()
+    store.client.upsert(
+        store.collection_name,
+        [
+            models.PointStruct(id=number, vector=vector, payload={"text": item.text})
+            for number, (vector, item) in enumerate(zip(vectors, items, strict=True))
+        ],
+    )
+    expected = [str(step.index) for step in local(items, k=8).search(QUERY)]
+    assert over(store, k=8).search(QUERY).chunk_ids == expected
 
 
 def test_points_without_a_text(tmp_path):

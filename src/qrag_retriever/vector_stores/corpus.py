@@ -107,8 +107,17 @@ class StoreCorpus(Corpus):
         return self
 
 
+# Milvus returns no more for one vector
+_MOST = 16_384
+
+
 class _StoreCandidates:
-    """The chunks of a store, numbered in the order in which they are seen."""
+    """The chunks of a store, by numbers that let the first in the document win where Q is equal.
+
+    Where the model has positions these are the numbers in the document. Otherwise chunks get them
+    as they are seen, and equal chunks have equal Q in every state: none of them gets a number until
+    all of them have been seen, as `_found` sees to.
+    """
 
     rows = None
     excluded = ()
@@ -120,40 +129,29 @@ class _StoreCandidates:
         model: QRAGModel,
         options: SearchOptions,
         exclude_ids: Collection[str],
-        to_q: Callable[[float], float],
+        to_q: Callable[[Any], Any],
     ) -> None:
         self._store = store
         self._config = model.config
         self._scheme = model.config.position_scheme
         self._left_out = frozenset(exclude_ids)
-        self._limit = options.breadth + len(self._left_out)
+        self._breadth = options.breadth
         self._to_q = to_q
-        self._seen: list[Hit] = []
+        self._seen: dict[int, Hit] = {}
         self._number_of: dict[str, int] = {}
         self.n = None if self._scheme.mode == "none" else self._checked_count()
 
     def score(
         self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
     ) -> NDArray[np.float32]:
-        """Q of the best chunks of each state, ``-inf`` for all others seen so far."""
-        requests, owner = [], []
-        for row, (state, found) in enumerate(zip(states, retrieved, strict=True)):
-            own = self._requests(state, found)
-            requests += own
-            owner += [row] * len(own)
-        best: list[dict[str, float]] = [{} for _ in states]
-        new: dict[str, Hit] = {}
-        for row, hits in zip(owner, self._store.search(requests), strict=True):
-            for hit in hits:
-                if hit.chunk.id not in self._left_out:
-                    best[row][hit.chunk.id] = self._to_q(hit.score)
-                    if hit.chunk.id not in self._number_of:
-                        new[hit.chunk.id] = hit
-        self._take_in(new)
-        q_values = np.full((len(states), len(self._seen)), -np.inf, dtype=np.float32)
-        for row, q_of in enumerate(best):
-            for chunk_id, q in q_of.items():
-                q_values[row, self._number_of[chunk_id]] = q
+        """Q of the best chunks of each state and of all equal to them, ``-inf`` for all others."""
+        best = self._found(states, retrieved)
+        self._take_in({chunk_id: hit for hits in best for chunk_id, hit in hits.items()})
+        width = max(self._seen, default=-1) + 1
+        q_values = np.full((len(states), width), -np.inf, dtype=np.float32)
+        for row, hits in enumerate(best):
+            for chunk_id, hit in hits.items():
+                q_values[row, self._number_of[chunk_id]] = self._q(hit)
         return q_values
 
     def chunk(self, number: int) -> Chunk:
@@ -162,8 +160,7 @@ class _StoreCandidates:
 
     def place(self, number: int) -> int:
         """See `Candidates`."""
-        place = self._seen[number].number
-        return -1 if place is None else place
+        return _place(self._seen[number])
 
     def position(self, number: int, before: Sequence[int]) -> float:
         """See `Candidates`."""
@@ -172,27 +169,80 @@ class _StoreCandidates:
         places = [self.place(other) for other in before]
         return self._scheme.position(self.n, places, self.place(number))
 
+    def _found(
+        self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
+    ) -> list[dict[str, Hit]]:
+        """Hits by the id of their chunk for each state: the best, and all of the last one's Q."""
+        found: list[dict[str, Hit]] = [{} for _ in states]
+        never = [
+            self._left_out.union(self._seen[number].chunk.id for number in own) for own in retrieved
+        ]
+        asked = [
+            (row, request)
+            for row, (state, own) in enumerate(zip(states, retrieved, strict=True))
+            for request in self._requests(state, own)
+        ]
+        while asked:
+            answers = self._store.search([request for _, request in asked])
+            for (row, _), hits in zip(asked, answers, strict=True):
+                new = (hit for hit in hits if hit.chunk.id not in never[row])
+                found[row].update((hit.chunk.id, hit) for hit in new)
+            least = [self._least(hits) for hits in found]
+            asked = [
+                (row, request._replace(limit=min(4 * request.limit, _most(request))))
+                for (row, request), hits in zip(asked, answers, strict=True)
+                if len(hits) == request.limit < _most(request) and self._q(hits[-1]) == least[row]
+            ]
+        return [
+            {chunk_id: hit for chunk_id, hit in hits.items() if not self._q(hit) < q}  # nor NaN
+            for hits, q in zip(found, least, strict=True)
+        ]
+
     def _requests(self, state: NDArray[np.float32], retrieved: Sequence[int]) -> list[Request]:
-        """One for all chunks, or one for each run of equal ρ with the state turned back by it."""
-        limit = self._limit + len(retrieved)
+        """One for all chunks, or one for each run of equal ρ with the state turned back by it.
+
+        Each asks for one chunk more than is needed, which tells whether others equal the last.
+        """
+        needed = self._breadth + len(self._left_out) + len(retrieved)
         if self.n is None:
-            return [Request(state, limit)]
+            return [Request(state, needed + 1, needed=needed)]
         runs = self._scheme.runs(self.n, [self.place(number) for number in retrieved])
         turned = rotate(
             torch.from_numpy(state)[None], -torch.from_numpy(runs.first), self._config.rotary_base
         ).numpy()
         return [
-            Request(vector, min(limit, high - low), (low, high))
+            Request(vector, min(needed + 1, high - low), (low, high), needed)
             for vector, low, high in zip(
                 turned, runs.bounds[:-1].tolist(), runs.bounds[1:].tolist(), strict=True
             )
         ]
 
-    def _take_in(self, new: dict[str, Hit]) -> None:
-        """Number chunks seen together in document order: of equal Q the lower number wins."""
-        for hit in sorted(new.values(), key=lambda hit: hit.number or 0):
-            self._number_of[hit.chunk.id] = len(self._seen)
-            self._seen.append(hit)
+    def _least(self, hits: dict[str, Hit]) -> np.float32:
+        """Q of the last chunk needed."""
+        q_values = np.sort([self._q(hit) for hit in hits.values()])
+        return q_values[-self._breadth] if len(hits) >= self._breadth else np.float32(-np.inf)
+
+    def _q(self, hit: Hit) -> np.float32:
+        return np.float32(self._to_q(float(hit.score)))
+
+    def _take_in(self, hits: dict[str, Hit]) -> None:
+        """Number those that are new, in document order.
+
+        Raises:
+            VectorStoreError: If two chunks have the same number in the document.
+        """
+        new = [hit for chunk_id, hit in hits.items() if chunk_id not in self._number_of]
+        for hit in sorted(new, key=lambda hit: hit.number or 0):
+            number = len(self._seen) if self.n is None else _place(hit)
+            other = self._seen.setdefault(number, hit)
+            if other is not hit:
+                raise VectorStoreError(
+                    f"{self._store.kind}: the chunks {other.chunk.id!r} and {hit.chunk.id!r} have "
+                    f"the same number {number}. Either each chunk of the document has to get a "
+                    "number of its own, from 0 without gaps; or the store changed during the search"
+                    ": search again."
+                )
+            self._number_of[hit.chunk.id] = number
 
     def _checked_count(self) -> int:
         """How many chunks there are, if their numbers are those from 0."""
@@ -207,3 +257,13 @@ class _StoreCandidates:
                     "so, and filter for one document."
                 )
         return n
+
+
+def _most(request: Request) -> int:
+    """How many chunks a request can ask for."""
+    low, high = request.numbers or (0, _MOST)
+    return min(high - low, _MOST)
+
+
+def _place(hit: Hit) -> int:
+    return -1 if hit.number is None else hit.number

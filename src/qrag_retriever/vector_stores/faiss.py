@@ -41,7 +41,8 @@ class _Faiss(Store):
         narrowed = copy.copy(self)
         narrowed.__dict__.pop("_rows", None)  # rows may have changed since
         if filter is not None:
-            narrowed.guards = (*self.guards, compile_filter(filter))
+            own = filter if callable(filter) else copy.deepcopy(filter)
+            narrowed.guards = (*self.guards, compile_filter(own))
         return narrowed
 
     @functools.cached_property

@@ -32,7 +32,7 @@ class FilteredStore(Store):
 
     @abstractmethod
     def _translated(self, filter: Any) -> Sequence[Any]:
-        """Conditions, all of which must hold; none if the filter is empty.
+        """Conditions, all of which must hold; none if the filter, or a part of it, is empty.
 
         Raises:
             TypeError: If it is of another type.
@@ -51,7 +51,8 @@ class FilteredStore(Store):
         if filter is None:
             return narrowed
         try:
-            conditions = self._translated(copy.deepcopy(filter))
+            own = copy.deepcopy(filter)  # the caller may write into theirs
+            conditions = self._translated(own)
         except TypeError:
             raise InvalidInputError(
                 f"A filter for this {self.kind} store is {self.allowed}, not "
@@ -59,10 +60,11 @@ class FilteredStore(Store):
             ) from None
         if not conditions:
             raise InvalidInputError(
-                f"The filter {filter!r} holds no condition; give at least one, or None."
+                f"The filter {filter!r} or a part of it holds no condition, and so may let "
+                "everything pass; give at least one in each part, or None as the filter."
             )
         narrowed.filters = (*self.filters, *conditions)
-        if (guard := self._guard(filter)) is not None:
+        if (guard := self._guard(own)) is not None:
             narrowed.guards = (*self.guards, guard)
         return narrowed
 

@@ -23,6 +23,10 @@ _REFUSED = {
     ("langchain_core", "InMemoryVectorStore"): "it computes the cosine and nothing else",
     ("llama_index", "SimpleVectorStore"): "it computes the cosine and nothing else",
     ("llama_index", "PGVectorStore"): "it computes the cosine and nothing else",
+    ("llama_index", "FaissMapVectorStore"): (
+        "a VectorStoreIndex does not know which of its nodes belongs to which row; use a "
+        "FaissVectorStore"
+    ),
     ("llama_index", "LanceDBVectorStore"): "it returns exp(-distance), not inner products",
     ("llama_index", "ElasticsearchStore"): "it rescales the scores of every result",
     (
@@ -46,14 +50,14 @@ def open_store(store: Any, number_key: str | None) -> Store:
     """
     index = store if ("llama_index", "VectorStoreIndex") in _names(store) else None
     store = store if index is None else index.vector_store
-    names = _names(store)
-    for name in names:
-        if name in _SUPPORTED:
-            module, adapter = _SUPPORTED[name]
-            kind = getattr(importlib.import_module(f"{__package__}.{module}"), adapter)
-            opened: Store = kind(store, number_key, **({} if index is None else {"index": index}))
-            return opened
-    reason = next((_REFUSED[name] for name in names if name in _REFUSED), "it is not known here")
+    # the nearest class decides: one that is refused may be derived from one that is supported
+    known = [name for name in _names(store) if name in _SUPPORTED or name in _REFUSED]
+    if known and known[0] in _SUPPORTED:
+        module, adapter = _SUPPORTED[known[0]]
+        kind = getattr(importlib.import_module(f"{__package__}.{module}"), adapter)
+        opened: Store = kind(store, number_key, **({} if index is None else {"index": index}))
+        return opened
+    reason = _REFUSED[known[0]] if known else "it is not known here"
     supported = ", ".join(sorted({f"{name} ({package})" for package, name in _SUPPORTED}))
     raise VectorStoreError(
         f"A {type(store).__name__} cannot serve multi-step retrieval: {reason}. Supported: "

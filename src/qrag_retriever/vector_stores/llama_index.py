@@ -39,13 +39,18 @@ class MetadataFiltered(FilteredStore):
         return compile_filter(filter)
 
 
-def chunk_of(node: BaseNode) -> Chunk:
+def chunk_of(node: BaseNode, key: object = None) -> Chunk:
     """The chunk for a node that a store returned.
+
+    Args:
+        node: The node.
+        key: What the store knows it by, where LlamaIndex may make up the node's own id: another
+            one in each search; ``None``: that id.
 
     Raises:
         VectorStoreError: If the node has no text.
     """
-    [chunk] = to_chunks([node])
+    [chunk] = to_chunks([node], ids=None if key is None else [str(key)])
     if not chunk.text:
         raise VectorStoreError(
             f"The store returned node {chunk.id!r} without a text; it has to keep the texts "

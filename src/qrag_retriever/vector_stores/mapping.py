@@ -28,7 +28,7 @@ class _MappingStore(FilteredStore):
     def _translated(self, filter: Any) -> Sequence[Any]:
         if not isinstance(filter, Mapping):
             raise TypeError
-        return [{key: value} for key, value in filter.items()]
+        return [{key: value} for key, value in filter.items()] if _is_filled(filter) else []
 
     def _range(self, low: int, high: int) -> Sequence[Any]:
         return [{self.number_key: {"$gte": low}}, {self.number_key: {"$lt": high}}]
@@ -57,6 +57,18 @@ class _MappingStore(FilteredStore):
                 "told from what was not."
             )
         return Chunk(document.id, document.page_content, dict(document.metadata))
+
+
+def _is_filled(part: Any, *, joined: bool = False) -> bool:
+    """Whether each part of a filter holds a condition; a list is a part where it joins others."""
+    if isinstance(part, Mapping):
+        return bool(part) and all(
+            _is_filled(value, joined=str(key).lower() in ("$and", "$or", "$not"))
+            for key, value in part.items()
+        )
+    if joined and isinstance(part, (list, tuple)):
+        return bool(part) and all(map(_is_filled, part))
+    return True
 
 
 class LangChainPostgres(_MappingStore):

@@ -97,8 +97,10 @@ class LlamaIndexMilvus(MetadataFiltered, _Milvus):
             result = self._store.query(query, string_expr=self._where(request.numbers) or "")
             found.append(
                 [
-                    self.hit(chunk_of(node), score)
-                    for node, score in zip(result.nodes, result.similarities, strict=True)
+                    self.hit(chunk_of(node, key), score)
+                    for node, key, score in zip(
+                        result.nodes, result.ids, result.similarities, strict=True
+                    )
                 ]
             )
         return found

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import operator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,15 +25,16 @@ _HITS = 8
 _Q = 3.0  # of the vector tried: q, -q, 1 - q and a cosine are all different
 _TOLERANCE = 5e-3  # of |vector| |embedding|: stores may keep half precision
 
-_TO_Q: list[Callable[[Array], Array]] = [
-    lambda score: score,
-    lambda score: -score,
-    lambda score: 1 - score,
+# no lambdas: a corpus keeps one of them, and can be pickled if its store can
+_TO_Q: list[Callable[[Any], Any]] = [
+    operator.pos,
+    operator.neg,
+    functools.partial(operator.sub, 1),
 ]
 
 
-def score_to_q(store: Store, model: QRAGModel) -> Callable[[float], float]:
-    """How to read Q from a store's scores.
+def score_to_q(store: Store, model: QRAGModel) -> Callable[[Any], Any]:
+    """How to read Q from a store's scores, of one or of an array of them.
 
     Embeds some of its chunks again and compares the scores it gives them with their inner products.
 
@@ -42,7 +45,8 @@ def score_to_q(store: Store, model: QRAGModel) -> Callable[[float], float]:
     Raises:
         InvalidInputError: If it holds no chunks.
         VectorStoreError: If it fails, or its metric is not the inner product.
-        FingerprintMismatchError: If it was filled by another model.
+        FingerprintMismatchError: If it was filled by another model, or its scores cannot be
+            explained otherwise.
     """
     ones = np.full(model.dimension, model.dimension**-0.5, dtype=np.float32)
     actions, _ = _embedded(store, model, ones)
@@ -52,7 +56,7 @@ def score_to_q(store: Store, model: QRAGModel) -> Callable[[float], float]:
     q, sizes = actions @ vector, np.linalg.norm(actions, axis=1) * np.linalg.norm(vector)
     for to_q in _TO_Q:
         if (abs(to_q(scores) - q) <= _TOLERANCE * sizes).all():
-            return lambda score: float(to_q(np.float64(score)))  # type: ignore[arg-type]
+            return to_q
     cosine, distance = q / sizes, np.linalg.norm(actions - vector, axis=1)
     for metric, expected in (
         ("cosine", [cosine, -cosine, 1 - cosine, (1 + cosine) / 2]),
@@ -66,8 +70,10 @@ def score_to_q(store: Store, model: QRAGModel) -> Callable[[float], float]:
             )
     raise FingerprintMismatchError(
         f"This {store.kind} store scores {_listed(scores)} where the model's inner products are "
-        f"{_listed(q)}. It was filled by another model, or with other texts than it returns. Fill "
-        "it with QRAGEmbeddings (LangChain) or QRAGEmbedding (LlamaIndex) of this model."
+        f"{_listed(q)}. It was filled by another model, or with other texts than it returns; or it "
+        "has another metric, or compressed vectors whose scores are rough (product quantization). "
+        "Fill it with QRAGEmbeddings (LangChain) or QRAGEmbedding (LlamaIndex) of this model, with "
+        "the inner product as its metric and vectors of full or half precision."
     )
 
 

@@ -87,7 +87,7 @@ class LangChainQdrant(_Qdrant):
 
         if not isinstance(filter, models.Filter):
             raise TypeError
-        return [filter] if any(filter.model_dump().values()) else []
+        return [filter] if _is_filled(filter) else []
 
     def _chunk(self, point: Any) -> Chunk:
         text = (point.payload or {}).get(self._store.content_payload_key)
@@ -98,6 +98,26 @@ class LangChainQdrant(_Qdrant):
                 "the store's content_payload_key."
             )
         return Chunk(str(point.id), text, point.payload.get(self._store.metadata_payload_key) or {})
+
+
+def _is_filled(condition: Any) -> bool:
+    """Whether each filter and range within a condition holds a condition."""
+    from qdrant_client import models
+
+    if isinstance(condition, models.NestedCondition):
+        return _is_filled(condition.nested.filter)
+    if isinstance(condition, models.FieldCondition):
+        bounds = [own for own in (condition.range, condition.values_count) if own is not None]
+        return all(any(value is not None for _, value in own) for own in bounds)
+    if not isinstance(condition, models.Filter):
+        return True
+    clauses = [condition.must, condition.must_not, condition.should]
+    if condition.min_should is not None and condition.min_should.min_count > 0:
+        clauses.append(condition.min_should.conditions)
+    parts: list[Any] = []
+    for clause in clauses:
+        parts += clause if isinstance(clause, list) else [clause] if clause else []
+    return bool(parts) and all(map(_is_filled, parts))
 
 
 class LlamaIndexQdrant(MetadataFiltered, _Qdrant):

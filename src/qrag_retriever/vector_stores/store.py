@@ -26,11 +26,13 @@ class Request(NamedTuple):
         limit: How many.
         numbers: The first of the chunk numbers to consider and the one behind the last; ``None``:
             all chunks.
+        needed: How many must be found where there are as many numbers; ``None``: ``limit``.
     """
 
     vector: NDArray[np.float32]
     limit: int
     numbers: tuple[int, int] | None = None
+    needed: int | None = None
 
 
 class Hit(NamedTuple):
@@ -135,7 +137,8 @@ class Store(ABC):
                 f" ones from {low} to {high - 1} were asked for. Each chunk of a document must have"
                 " a number of its own; with several documents in one store, filter for one."
             )
-        wanted = min(request.limit, high - low)
+        needed = request.limit if request.needed is None else request.needed
+        wanted = min(needed, high - low)
         if len(hits) < wanted:
             raise VectorStoreError(
                 f"{self.kind} returned {len(hits)} of {wanted} chunks with numbers from {low} to "
