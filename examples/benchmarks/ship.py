@@ -3,14 +3,15 @@
     python examples/benchmarks/ship.py runs/multihop_en_detours --name multihop-en --last \
         --beside runs/multihop_en --share 0.25 --keep-em 0.02 \
         --set max_chunk_tokens=192 max_chunk_tokens_in_state=96 max_state_tokens=512
-    python examples/benchmarks/ship.py runs/babilong_hands --name babilong
+    python examples/benchmarks/ship.py runs/babilong_apart --name babilong --set max_steps=6 \
+        --questions examples/configs/babilong_threshold.yaml
 
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
 settings of the first. With ``--last`` the weights at the end of each run count beside its best, and
 ``--beside`` takes a further model in, such as the one that the package had, with a ``--share`` of
 the mean.
-The threshold is chosen on the last run's own validation questions, by the compact model, whose
-weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
+The threshold is chosen on the last run's own validation questions, or on the sources that
+``--questions`` names, by the compact model, whose weights are a little coarser. Writes the model to src/qrag_retriever/models and the trainings'
 configs, logs and curves to examples/benchmarks/results.
 """
 
@@ -56,7 +57,7 @@ def main() -> None:
             shares = [*((1 - options.share) * share for share in shares), options.share]
         average(parts, plain, shares)
         change(plain / CONFIG_FILE, dict(options.set))
-        samples, model = questions(options.runs[-1]), pack(plain, small)
+        samples, model = questions(options), pack(plain, small)
         budget = model.config.max_steps
         beams = search_samples(model, samples, SearchOptions(budget, runners_up=0))
         supports = [sample.support for sample in samples]
@@ -94,6 +95,11 @@ def parse() -> argparse.Namespace:
         "--keep-em",
         type=float,
         help="Fact-EM that stopping early may cost; left out: the best Fact-F1 is chosen",
+    )
+    parser.add_argument(
+        "--questions",
+        type=Path,
+        help="YAML file, a list of sources as in a config, to choose the threshold on",
     )
     parser.add_argument(
         "--set",
@@ -186,11 +192,15 @@ def pack(plain: Path, small: Path) -> QRAGModel:
     return QRAGModel.from_pretrained(small, device="cpu")
 
 
-def questions(run: Path) -> list[SupportSample]:
-    """The validation questions of a run, all of a file, some of what is made up."""
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+def questions(options: argparse.Namespace) -> list[SupportSample]:
+    """The questions to choose the threshold on: all of a file, some of what is made up."""
+    if options.questions is None:
+        config = options.runs[-1] / "config.yaml"
+        sources = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["val"]
+    else:
+        sources = yaml.safe_load(options.questions.read_text(encoding="utf-8"))
     found: list[SupportSample] = []
-    for values in config["data"]["val"]:
+    for values in sources:
         source = SourceConfig(**values).open()
         found += source if isinstance(source, Sequence) else FixedSamples(source, _MADE, seed=0)
     return found

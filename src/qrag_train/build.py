@@ -78,8 +78,9 @@ def build_module(
         positions: How a chunk's place counts: "relative" to the chunks found so far (long
             documents), its "absolute" number, or "none" (collections of passages). Left out:
             "none", or what a Q-RAG model had.
-        max_steps: Retrieval budget T, in training and as the model's default. Left out: 4, or
-            what a Q-RAG model had.
+        max_steps: Retrieval budget T: that of validation, the model's default, and that of
+            training episodes unless ``pqn.max_steps`` is given. Left out: 4, or what a Q-RAG model
+            had.
         settings: Further settings of the model, those of QRAGConfig and `pooling` and `normalize`.
         adapt: What of a pretrained encoder is trained.
         pqn: The algorithm.
@@ -88,7 +89,7 @@ def build_module(
         texts: Gives the texts for the vocabulary of a new encoder.
 
     Raises:
-        ConfigError: If settings contradict each other.
+        ConfigError: If settings contradict each other, or leave nothing to train.
         ModelFormatError: If the encoder cannot be loaded.
     """
     given = {"positions": positions, "max_steps": max_steps}
@@ -102,7 +103,13 @@ def build_module(
         with tempfile.TemporaryDirectory() as folder:
             make_encoder(folder, texts(), scratch, seed)
             model = QRAGModel.from_encoder(folder, device="cpu", **values)
-    return ValidatedTrainingModule(model, pqn, optimizer, seed=seed)
+    module = ValidatedTrainingModule(model, pqn, optimizer, seed=seed)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(
+            f"freeze_layers={adapt.freeze_layers} freezes all layers and the embeddings before "
+            "them, so nothing is left to train; give --model.adapt.freeze_layers less."
+        )
+    return module
 
 
 def starting_model(encoder: str | None, values: dict[str, Any]) -> QRAGModel:

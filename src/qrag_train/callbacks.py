@@ -203,7 +203,7 @@ def export(module: ValidatedTrainingModule, folder: Path, record: dict[str, Any]
     """
     model = merge_lora(copy.deepcopy(module.averaged)).float()
     record = {**record, "max_steps": module.budget}
-    model.config = model.config.replace(max_steps=module.budget, training=record)
+    model.config = model.config.replace(training=record)
     with _no_bars():
         model.save_pretrained(folder)
     part = folder / "README.md.part"

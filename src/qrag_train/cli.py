@@ -8,7 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from qrag_retriever.errors import DatasetError, MissingDependencyError, QRAGError
+from qrag_retriever.errors import (
+    DatasetError,
+    InvalidInputError,
+    MissingDependencyError,
+    QRAGError,
+)
 from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample
 from qrag_train.data.simulator import OBJECTS, PLACES
@@ -38,7 +43,7 @@ def evaluate(
 
     Args:
         model: Folder or hub name of a Q-RAG model, or of an embedder, which is then judged as it
-            is.
+            is; the folder of a run stands for the model in it.
         data: File with questions and their support; also simulated:3 (babilong) or a task of
             ruler, such as ruler:niah_multikey_1.
         k: Budget: number of chunks retrieved for a question; left out: the model's own.
@@ -52,6 +57,8 @@ def evaluate(
     from qrag_retriever.model import resolve_model
     from qrag_train.report import markdown, reports
 
+    _refuse_below_one(k=k, beams=beams)
+    file, model = _writable(output), _model_of(model)
     judged = resolve_model(model)
     rows = []
     for name, samples in read_questions(data, **source).items():
@@ -59,7 +66,7 @@ def evaluate(
         rows += [{"data": name, "questions": len(samples), **report} for report in judgements]
     print(markdown(rows))
     text = json.dumps({"model": model, "rows": rows}, indent=2)
-    Path(output).write_text(text + "\n", encoding="utf-8")
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def calibrate(
@@ -72,7 +79,7 @@ def calibrate(
     """Choose the Q below which a model stops, on validation questions, and write it into the model.
 
     Args:
-        model: Folder of a Q-RAG model.
+        model: Folder of a Q-RAG model, or of a run, which stands for the model in it.
         data: File with validation questions and their support; also simulated:3 (babilong) or a
             task of ruler, such as ruler:niah_multikey_1. Several of a kind: [a.jsonl,b.jsonl].
         target_em: Choose the fewest steps that reach this Fact-EM; left out: the best Fact-F1.
@@ -82,8 +89,10 @@ def calibrate(
     from qrag_retriever.model import QRAGModel
     from qrag_train import calibration
 
+    _refuse_below_one(k=k)
+    model = _model_of(model)
     settings = calibration.model_config(model)  # before a long search
-    budget = k or settings.max_steps
+    budget = settings.max_steps if k is None else k
     judged = QRAGModel.from_pretrained(model)
     files = [data] if isinstance(data, str) else data
     if not files:
@@ -123,6 +132,33 @@ def import_checkpoint(
     print(f"Wrote {model.save_pretrained(target)}.")
 
 
+def _refuse_below_one(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InvalidInputError(f"{name}={count} is not allowed; give at least 1.")
+
+
+def _model_of(name: str) -> str:
+    """The model in the folder of a run; any other name as it is."""
+    from qrag_retriever.model_files import CONFIG_FILE
+
+    folder = Path(name).expanduser()
+    is_run = not (folder / CONFIG_FILE).is_file() and (folder / "model" / CONFIG_FILE).is_file()
+    return str(folder / "model") if is_run else name
+
+
+def _writable(name: str) -> Path:
+    """A file to write to, its folder made, before any work that would be lost."""
+    file = Path(name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"No file can be made at {file}: {error}; name another.") from error
+    if file.is_dir():
+        raise InvalidInputError(f"{file} is a folder; name a file in it.")
+    return file
+
+
 def read_questions(
     data: str,
     format: Format = "jsonl",
@@ -146,7 +182,7 @@ def read_questions(
         format: Its kind: jsonl (a document per question), corpus (questions on the chunks of
             --corpus), babilong (a bAbI file, hidden in --background), ruler, or the official files
             of hotpotqa, musique, 2wiki or squad.
-        corpus: For corpus: the JSONL file with the chunks.
+        corpus: The JSONL file with the chunks that all questions share; the format is then corpus.
         background: For babilong and ruler: a folder of books as plain text.
         sentences: For babilong: numbers of chunks of a document, such as [50,200,1200].
         moves: For simulated stories: how much more often people move than in bAbI's files.
@@ -161,9 +197,16 @@ def read_questions(
 
     Raises:
         DatasetError: If the file cannot be read or is not as described.
+        InvalidInputError: If ``samples`` is below 1.
     """
+    _refuse_below_one(samples=samples)
+    if corpus is not None and format not in ("jsonl", "corpus"):
+        raise DatasetError(
+            f"Questions of the format {format} have no corpus; leave --corpus {corpus} out."
+        )
+    kind = format if corpus is None else "corpus"
     name = Path(data).stem
-    common: dict[str, Any] = {"format": format, "corpus": corpus, "background": background}
+    common: dict[str, Any] = {"format": kind, "corpus": corpus, "background": background}
     if format == "babilong":
         unit, lengths = "sentences", sentences or [60]
         common |= {"moves": moves, "places": places, "things": things}

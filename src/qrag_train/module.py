@@ -84,9 +84,9 @@ class QRAGTrainingModule(lightning.LightningModule):
 
     def training_step(self, batch: EpisodeStream, batch_idx: int) -> Tensor:
         """Collect a rollout with the current weights and return its loss."""
-        del batch_idx
         if self.global_step < self.pqn.imitation_updates:
-            return self._imitate(batch)
+            parts = self.trainer.accumulate_grad_batches
+            return self._imitate(batch, self.global_step * parts + batch_idx % parts)
         if self.collector is None:
             self.collector = self._make_collector(batch)
         rollout = self.collector.collect(self.alpha)
@@ -96,18 +96,18 @@ class QRAGTrainingModule(lightning.LightningModule):
         self._log_training(rollout.rewards.numel(), loss)
         return loss
 
-    def _imitate(self, stream: EpisodeStream) -> Tensor:
-        """The loss of an update that learns from the support itself.
+    def _imitate(self, stream: EpisodeStream, batch: int) -> Tensor:
+        """The loss of a batch that learns from the support itself; an update may have several.
 
-        What it draws depends on the seed and its number alone, so resuming needs nothing more.
+        The samples and negatives that it draws depend on the seed and its number alone.
         """
         if self._table is None:
             self._table = TextTable(self.model)
         size, negatives = self.pqn.environments, self.pqn.imitation_negatives
-        first = self.global_step * size
+        first = batch * size
         # far from the samples that episodes are made of
         samples = [stream[_IMITATED + number] for number in range(first, first + size)]
-        rng = np.random.default_rng((self.seed, self.global_rank, self.global_step))
+        rng = np.random.default_rng((self.seed, self.global_rank, batch))
         chosen = [candidates(sample, negatives, rng) for sample in samples]
         detours = [
             int(rng.integers(len(sample.support))) if asked else None
@@ -173,6 +173,14 @@ class QRAGTrainingModule(lightning.LightningModule):
                     # in bfloat16 fused attention is slow on a CPU, its backward pass above all
                     encoder.transformer.model.set_attn_implementation("eager")
 
+    def on_train_start(self) -> None:
+        """Go on with the random states of a checkpoint: dropout draws from them."""
+        if self._restored is None:
+            return
+        torch.set_rng_state(self._restored["torch"].cpu())
+        if "cuda" in self._restored and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._restored["cuda"].cpu(), self.device)
+
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Make the optimiser's step, then let the target networks and the mean weights follow."""
         super().optimizer_step(*args, **kwargs)
@@ -187,8 +195,13 @@ class QRAGTrainingModule(lightning.LightningModule):
             follow(self.target, self.model, self.pqn.tau)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, without decay on norms and biases, and the schedule, counted in updates."""
+        """AdamW, without decay on norms and biases, and the schedule, counted in updates.
+
+        Raises:
+            ConfigError: If training has no end.
+        """
         config, total = self.optimizer_config, self._total_updates
+        config.check_length(total)
         optimizer = torch.optim.AdamW(
             parameter_groups(self.model, config.weight_decay),
             lr=config.lr,
@@ -217,11 +230,8 @@ class QRAGTrainingModule(lightning.LightningModule):
             seed,
             keep_graph=learns_as_it_acts(self.model),
         )
-        if self._restored is not None:
+        if self._restored is not None and "collector" in self._restored:
             collector.load_state_dict(self._restored["collector"])
-            torch.set_rng_state(self._restored["torch"].cpu())
-            if "cuda" in self._restored:
-                torch.cuda.set_rng_state(self._restored["cuda"].cpu(), self.device)
         return collector
 
     def recent_episodes(self) -> list[Episode]:
@@ -229,12 +239,12 @@ class QRAGTrainingModule(lightning.LightningModule):
         return list(self._episodes)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the episodes under way and all random states, those of every process."""
-        if self.collector is None:
-            return
-        state = {"collector": self.collector.state_dict(), "torch": torch.get_rng_state()}
-        if torch.cuda.is_available():
+        """Add all random states and the episodes under way, those of every process."""
+        state: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.collector is not None:
+            state["collector"] = self.collector.state_dict()
         states: list[Any] = [state]
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             states = [None] * torch.distributed.get_world_size()

@@ -54,8 +54,11 @@ def reports(
 
     Yields:
         What was done, in words, as ``retrieval``, and the scores.
+
+    Raises:
+        InvalidInputError: If ``k`` or ``beams`` is below 1, or the threshold is no number.
     """
-    k = k or model.config.max_steps
+    k = model.config.max_steps if k is None else k
     q_threshold = model.config.q_threshold if q_threshold is None else q_threshold
     searches = [(f"{k} steps", model, SearchOptions(k, beams=beams))]
     if q_threshold is not None:

@@ -132,35 +132,6 @@ def lambda_returns(
     return returns
 
 
-def decay_factor(step: int, *, warmup_steps: int, total_steps: int, final: float = 0.0) -> float:
-    """How far the schedule has come down: 1 through the warm-up, then linear to ``final``.
-
-    The learning rate is this times the warm-up ``min(1, (step + 1)/warmup_steps)``.
-
-    Args:
-        step: Number of optimizer steps made.
-        warmup_steps: Steps before the decay begins.
-        total_steps: Step at which ``final`` is reached; it stays there.
-        final: Factor at the end, 0 to 1.
-
-    Raises:
-        ConfigError: If ``total_steps`` is not above ``warmup_steps`` or ``final`` not in 0 to 1.
-
-    Example:
-        >>> [decay_factor(step, warmup_steps=10, total_steps=110) for step in (0, 10, 60, 200)]
-        [1.0, 1.0, 0.5, 0.0]
-    """
-    if not 0 <= warmup_steps < total_steps:
-        raise ConfigError(
-            f"warmup_steps={warmup_steps} and total_steps={total_steps} are not allowed; the "
-            "warm-up must end before the training does."
-        )
-    if not 0 <= final <= 1:
-        raise ConfigError(f"final={final!r} is not allowed; give a number from 0 to 1.")
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return 1 - (1 - final) * min(1.0, max(0.0, progress))
-
-
 def annealed_alpha(start: float, decay: float, floor: float = 1e-3) -> float:
     """Temperature α of a step: proportional to the decay of the learning rate, never below a floor.
 
@@ -169,7 +140,7 @@ def annealed_alpha(start: float, decay: float, floor: float = 1e-3) -> float:
 
     Args:
         start: α at the beginning.
-        decay: :func:`decay_factor` of the step.
+        decay: `OptimizerConfig.decay` of the update.
         floor: Least α; ``start`` where that is less.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Literal
 
 from qrag_retriever.errors import ConfigError
@@ -26,9 +27,10 @@ class PQNConfig:
         top_k_actions: Best available actions that the policy and the soft value look at; ``None``:
             all of them (eq. 3 and 4 as printed).
         n_critics: 2: each half of an embedding is a critic; 1: the whole.
-        max_steps: Retrieval budget T of a training episode; ``None``: the model's own.
+        max_steps: Chunks that a training episode retrieves; ``None``: the model's budget T, with
+            which it is judged and exported whatever this is.
         environments: Episodes E that run side by side.
-        rollout_steps: Steps L of each of them between two updates; ``None``: T.
+        rollout_steps: Steps L of each of them between two updates; ``None``: those of an episode.
         random_transitions: First transitions drawn by a random policy.
         refresh_every: Updates after which a background chunk (one that never was support) is
             embedded anew; 0: all chunks at every update.
@@ -89,7 +91,7 @@ class OptimizerConfig:
         weight_decay: Decay of weight matrices; norms and biases have none.
         betas: Decay of AdamW's two moments.
         eps: AdamW's ε.
-        warmup_updates: Updates in which the learning rate rises from 0.
+        warmup_updates: Updates in which the learning rate rises from 0; fewer than in all.
         schedule: How it falls from there to the end of training.
         final_ratio: What is left of it at the end, 0 to 1.
         average_updates: Judge and keep the running mean of the weights over about so many updates,
@@ -117,6 +119,23 @@ class OptimizerConfig:
         _check(self, "schedule", self.schedule in ("linear", "cosine"), "'linear' or 'cosine'")
         _check(self, "final_ratio", 0 <= self.final_ratio <= 1, "a number from 0 to 1")
         _check(self, "average_updates", self.average_updates >= 0, "an integer of at least 0")
+
+    def check_length(self, total: int) -> None:
+        """Warn if the warm-up would not end before the training.
+
+        The learning rate would then never be reached, and neither it nor α would fall.
+
+        Args:
+            total: Updates of the whole training.
+        """
+        if self.warmup_updates >= total:
+            warnings.warn(
+                f"The warm-up of {self.warmup_updates} updates does not end before the {total} "
+                "updates of the training, which never reaches its learning rate; give "
+                f"--model.optimizer.warmup_updates less than {total}, or --trainer.max_steps more "
+                f"than {self.warmup_updates}.",
+                stacklevel=2,
+            )
 
     def decay(self, update: int, total: int) -> float:
         """What the schedule leaves of the learning rate, warm-up aside: 1 down to the final ratio.

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qrag_retriever.errors import ConfigError
+from qrag_retriever.model_files import is_qrag_model
 from qrag_train.build import build_module
 from qrag_train.callbacks import (
     LAST_CHECKPOINT,
@@ -47,6 +49,9 @@ LOGS = "logs"
 _PRESETS = Path(str(resources.files("qrag_train"))) / "presets"
 _INTERRUPTED = 130
 _CONFIG_FILE = "config.yaml"
+# Some of what the settings that `fit` writes always have, and others seldom.
+_OF_A_RUN = {"data", "model", "trainer", "output_dir", "checkpoint_minutes"}
+_MOST_SEED = 2**32 - 1
 # Smaller updates than the paper's, for a small embedder on a CPU.
 _MODEL_DEFAULTS = {
     "pqn.environments": 8,
@@ -143,6 +148,15 @@ class TrainingCLI(LightningCLI):
             "data", "model.texts", compute_fn=lambda data: data.texts, apply_on="instantiate"
         )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read the command line, and refuse a seed that cannot be one."""
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not 0 <= seed <= _MOST_SEED:
+            raise ConfigError(
+                f"seed_everything={seed} is not allowed; give an integer from 0 to {_MOST_SEED}."
+            )
+
     @property
     def output_dir(self) -> Path:
         """Folder of the run."""
@@ -157,8 +171,8 @@ class TrainingCLI(LightningCLI):
         config.output_dir = config.output_dir or str(Path("runs") / _run_name(config))
         if self.subcommand == "fit":
             self._enter(config)
-        elif given and config.ckpt_path is None and self.model_folder.is_dir():
-            _judge_model(config.model, self.model_folder)
+        elif given and config.ckpt_path is None:
+            self._take_model(config.model)
 
     def _enter(self, config: Any) -> None:
         """Check that the folder is new, or holds the run that is to be resumed."""
@@ -174,6 +188,18 @@ class TrainingCLI(LightningCLI):
         else:
             _refuse_used(self.output_dir)
 
+    def _take_model(self, settings: Any) -> None:
+        """Judge the best model of the run, and not, unnoticed, what a run would start from."""
+        started = (self.output_dir / _CONFIG_FILE).is_file()
+        if self.model_folder.is_dir():
+            _judge_model(settings, self.model_folder)
+        elif started or (settings.encoder is None and settings.scratch is None):
+            raise ConfigError(
+                f"{self.output_dir} holds no model of a run; name a run that has one "
+                "(--output_dir), or a checkpoint (--ckpt_path), or leave --output_dir out and name "
+                "a model (--model.encoder)."
+            )
+
     def _dump(self) -> str:
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         return str(parser.dump(config, skip_none=False))
@@ -184,7 +210,11 @@ class TrainingCLI(LightningCLI):
         return self.output_dir / "model"
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """The Trainer with this package's callbacks and logs."""
+        """The Trainer with this package's callbacks and logs.
+
+        Raises:
+            ConfigError: If the Trainer's options do not go together, or not with this machine.
+        """
         given = self._get(self.config_init, "trainer")
         callbacks = list(given.callbacks or [])
         if given.enable_progress_bar is None and not sys.stdout.isatty():
@@ -208,7 +238,13 @@ class TrainingCLI(LightningCLI):
         }
         if given.logger in (None, True):
             kwargs["logger"] = self._loggers() if self.subcommand == "fit" else False
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigError(
+                "The Trainer refuses its options; give others (--trainer.accelerator auto and "
+                f"--trainer.devices auto take what there is): {error}"
+            ) from error
 
     def _loggers(self) -> list[Logger]:
         """Both in one folder; a resumed run gets the next one."""
@@ -223,7 +259,7 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Check the data, and judge the model as it is at the start."""
-        check_run(self.datamodule, self.model.budget)
+        check_run(self.datamodule, min(self.model.budget, self.model.episode_steps))
         check_interval(self.trainer.val_check_interval, self.trainer.max_steps)
         if not self._get(self.config, "resume"):
             if self.trainer.is_global_zero:
@@ -335,11 +371,31 @@ def _judge_model(settings: Any, folder: Path) -> None:
 
 @rank_zero_only
 def _refuse_used(folder: Path) -> None:
+    """Refuse a folder with a run, or with what is none's and would be lost."""
+    for path in (folder, *folder.parents):
+        if path.is_file():
+            raise ConfigError(f"{path} is a file; name a folder for the run (--output_dir).")
     if (folder / LAST_CHECKPOINT).is_file():
         raise ConfigError(
             f"{folder} holds a run already; go on with it (--resume), or name another folder "
             "(--output_dir)."
         )
+    for path, own in ((folder / "model", _is_model), (folder / _CONFIG_FILE, _is_of_a_run)):
+        if path.exists() and not own(path):
+            raise ConfigError(
+                f"{path} is not of a run and is left as it is; name another folder (--output_dir)."
+            )
+
+
+def _is_model(path: Path) -> bool:
+    return path.is_dir() and (is_qrag_model(path) or not any(path.iterdir()))
+
+
+def _is_of_a_run(file: Path) -> bool:
+    try:
+        return _read(file).keys() >= _OF_A_RUN
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+        return False
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -31,8 +31,13 @@ class ValidatedTrainingModule(QRAGTrainingModule):
 
     @property
     def budget(self) -> int:
-        """Number T of chunks that an episode retrieves."""
-        return self.pqn.max_steps or self.model.config.max_steps
+        """Number T of chunks that the model retrieves when it is judged and used."""
+        return self.model.config.max_steps
+
+    @property
+    def episode_steps(self) -> int:
+        """Number of chunks that a training episode retrieves."""
+        return self.pqn.max_steps or self.budget
 
     def on_validation_epoch_start(self) -> None:
         """Begin to keep embeddings of texts that recur from batch to batch."""

@@ -24,11 +24,11 @@ def test_a_new_encoder_depends_on_texts_and_seed_alone() -> None:
     assert first.budget == first.model.config.max_steps == 4
 
 
-def test_the_budget_of_episodes_may_differ_from_the_models() -> None:
+def test_episodes_may_be_shorter_than_the_models_budget() -> None:
     module = build_module(
         scratch=SMALL, max_steps=5, pqn=PQNConfig(max_steps=3), texts=lambda: COLOURS
     )
-    assert (module.budget, module.model.config.max_steps) == (3, 5)
+    assert (module.episode_steps, module.budget, module.model.config.max_steps) == (3, 5, 5)
 
 
 def test_a_new_encoder_starts_from_nothing() -> None:
@@ -68,6 +68,13 @@ def test_frozen_layers_stay_as_they_are() -> None:
         assert any("LayerNorm" in n and n.startswith("embeddings") for n in frozen)
     with pytest.raises(ConfigError, match="freeze_layers=3, but the encoder has 2 layers"):
         adapted(model, AdaptConfig(freeze_layers=3))
+
+
+def test_something_must_be_left_to_train(tmp_path: Path) -> None:
+    tiny_model(tmp_path)  # of one layer
+    with pytest.raises(ConfigError, match=r"freeze_layers=1 .* nothing is left to train"):
+        build_module(str(tmp_path), adapt=AdaptConfig(freeze_layers=1))
+    build_module(str(tmp_path), adapt=AdaptConfig(freeze_layers=0))
 
 
 def test_lora_trains_little_and_merges_into_nothing_new() -> None:

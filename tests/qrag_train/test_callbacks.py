@@ -199,6 +199,15 @@ def test_an_exported_model_computes_what_the_trained_one_does(
     assert "after 6 updates" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_an_exported_model_keeps_its_budget_where_episodes_are_shorter(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "encoder", "none", max_steps=3)
+    module = ValidatedTrainingModule(model, PQNConfig(max_steps=2))
+    export(module, tmp_path / "model", {"updates": 6})
+    config = QRAGModel.from_pretrained(tmp_path / "model", device="cpu").config
+    assert config.max_steps == config.training["max_steps"] == 3
+    assert "3 chunks retrieved for each" in (tmp_path / "model" / "README.md").read_text()
+
+
 def test_the_mean_weights_are_judged_and_exported(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "encoder", "none", scale=0.2)
     optimizer = OptimizerConfig(lr=3e-3, warmup_updates=2, average_updates=50)

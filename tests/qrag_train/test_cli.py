@@ -16,14 +16,16 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
-from tiny import fit_options
+from tiny import fit_options, write_questions
 
 from qrag_retriever import QRAGModel
-from qrag_train.cli import main
+from qrag_retriever.errors import DatasetError, InvalidInputError
+from qrag_train.cli import main, read_questions
 from qrag_train.curves import read_curves
 from qrag_train.module import QRAGTrainingModule
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+TRAININGS = [file for file in sorted(CONFIGS.glob("*.yaml")) if "\nmodel:" in file.read_text()]
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "reference"
 
 
@@ -165,6 +167,72 @@ def test_nothing_to_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "holds no run to resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainer.accelerator": "cuda"}, "--trainer.accelerator auto"),
+        ({"trainer.devices": 0}, "--trainer.devices auto"),
+        ({"seed_everything": -1}, "seed_everything=-1 is not allowed"),
+        ({"seed_everything": 2**32}, "from 0 to 4294967295"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_training(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object],
+    message: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(fit_options(tmp_path, **options)) == 1
+    error = capsys.readouterr().err
+    assert "error: " in error
+    assert message in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_run_needs_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folder: str
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    assert main(fit_options(tmp_path, output_dir=tmp_path / folder)) == 1
+    assert f"{tmp_path / 'file'} is a file; name a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("model/notes.txt", "precious"),
+        ("config.yaml", "precious: true"),
+        ("config.yaml", "- precious"),
+        ("config.yaml", "{"),
+    ],
+)
+def test_what_is_of_no_run_is_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, text: str
+) -> None:
+    path = tmp_path / "run" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert main(fit_options(tmp_path)) == 1
+    assert "is not of a run and is left as it is" in capsys.readouterr().err
+    assert [p for p in (tmp_path / "run").rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == text
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(
+    whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole / "model", tmp_path / "run" / "model")
+    shutil.copy(whole / "config.yaml", tmp_path / "run")
+    assert main(fit_options(tmp_path, updates=3)) == 0
+    assert (
+        yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["trainer"]["max_steps"] == 3
+    )
+
+
 def line(**changes: object) -> dict[str, object]:
     return {"id": "1", "question": "Where?", "chunks": ["a", "b"], "support": [1], **changes}
 
@@ -193,6 +261,18 @@ def test_bad_data_is_refused_before_training(
     assert main(fit_options(tmp_path, **{f"data.{part}_file": file})) == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("episode", "budget"), [(1, 2), (2, 1)])
+def test_neither_episodes_nor_the_budget_are_too_short_for_the_support(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], episode: int, budget: int
+) -> None:
+    steps = {"model.pqn.max_steps": episode, "model.max_steps": budget}
+    arguments = fit_options(tmp_path, **steps)
+    for part in ("train", "val"):
+        write_questions(tmp_path / f"{part}.jsonl", 4, support=2)
+    assert main(arguments) == 1
+    assert re.search("max_steps=1 .* has 2 support chunks", capsys.readouterr().err)
 
 
 def test_validation_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +329,7 @@ def test_a_preset_in_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--preset" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", TRAININGS, ids=lambda file: file.stem)
 def test_the_configs_of_the_examples_are_understood(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +371,79 @@ def test_a_run_is_judged_by_its_best_model(
     assert re.search(rf"{part}/fact_em.*{shown}", capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_folder_without_a_model_is_not_judged(
+    whole: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    started: bool,
+) -> None:
+    if started:
+        shutil.copy(whole / "config.yaml", tmp_path)
+    files = [f"--data.{part}_file={whole.parent / 'val.jsonl'}" for part in ("val", "test")]
+    assert main([command, f"--output_dir={tmp_path}", *files]) == 1
+    assert f"{tmp_path} holds no model of a run" in capsys.readouterr().err
+    if not started:  # another folder may still be named for what is judged
+        encoder = f"--model.encoder={whole / 'model'}"
+        assert main([command, f"--output_dir={tmp_path}", encoder, *files]) == 0
+
+
+def test_evaluate_takes_a_runs_folder_and_makes_that_of_its_output(
+    whole: Path, tmp_path: Path
+) -> None:
+    data = str(whole.parent / "val.jsonl")
+    rows = []
+    for name, folder in (("run", whole), ("model", whole / "model")):
+        output = tmp_path / name / "figures.json"
+        assert main(["evaluate", str(folder), data, f"--output={output}"]) == 0
+        rows.append(json.loads(output.read_text())["rows"])
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--k=0"], "k=0 is not allowed"),
+        (["--k=-2"], "k=-2 is not allowed"),
+        (["--beams=0"], "beams=0 is not allowed"),
+        (["--output={}/file/x.json"], "No file can be made"),
+        (["--output={}"], "is a folder"),
+    ],
+)
+def test_evaluate_refuses_what_cannot_be_before_any_work(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "file").touch()
+    arguments = [option.format(tmp_path) for option in options]
+    assert main(["evaluate", "no-such-model", "no-such-file", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_questions_on_a_corpus_need_no_format(tmp_path: Path) -> None:
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    texts = {"a": "the cup is red", "b": "the hat is blue"}
+    lines = [json.dumps({"id": key, "text": text}) + "\n" for key, text in texts.items()]
+    corpus.write_text("".join(lines))
+    questions.write_text(json.dumps({"id": "1", "question": "Where?", "support": ["b"]}) + "\n")
+    for given in ({}, {"format": "corpus"}):
+        ((name, (sample,)),) = read_questions(str(questions), corpus=str(corpus), **given).items()
+        assert (name, sample.chunks, sample.support) == (
+            "questions",
+            tuple(texts.values()),
+            (1,),
+        )
+    with pytest.raises(DatasetError, match="hotpotqa have no corpus"):
+        read_questions(str(questions), "hotpotqa", str(corpus))
+    for samples in (0, -1):
+        with pytest.raises(InvalidInputError, match=f"samples={samples} is not allowed"):
+            read_questions(str(questions), corpus=str(corpus), samples=samples)
+
+
 def test_evaluate_prints_a_table_and_writes_figures(
     whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -329,6 +482,12 @@ def test_calibrate_writes_the_threshold_into_the_model(
     assert "on 52 questions" in capsys.readouterr().out
     assert main(["calibrate", str(model), "[]"]) == 1
     assert "name at least one" in capsys.readouterr().err
+    before = (model / "qrag_config.json").read_bytes()
+    assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), "--k=0"]) == 1
+    assert "k=0 is not allowed" in capsys.readouterr().err
+    assert (model / "qrag_config.json").read_bytes() == before
+    assert main(["calibrate", str(tmp_path), str(whole.parent / "val.jsonl"), "--k=3"]) == 0
+    assert QRAGModel.from_pretrained(model).config.max_steps == 3
     unreachable = ["--target_em=1.1", "--k=1"]
     assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), *unreachable]) == 1
     assert "target_em=1.1 is not reached" in capsys.readouterr().err

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from tiny import Colours, tiny_model
 
 from qrag_retriever.errors import ConfigError
 from qrag_retriever.model import QRAGModel
+from qrag_train import module as training
+from qrag_train.build import AdaptConfig, adapted
+from qrag_train.data.sample import SupportSample
+from qrag_train.imitation import candidates
 from qrag_train.loader import RolloutLoader
 from qrag_train.module import (
     QRAGTrainingModule,
@@ -133,17 +138,29 @@ def weights_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()]).clone()
 
 
-@pytest.mark.parametrize(("refresh_every", "imitation"), [(0, 0), (3, 0), (0, 3), (0, 7)])
+@pytest.mark.parametrize(
+    ("refresh_every", "imitation", "dropout", "batches"),
+    [
+        *((0, 0, 0.0, 1), (3, 0, 0.0, 1), (0, 3, 0.0, 1), (0, 7, 0.0, 1)),
+        *((0, 3, 0.1, 1), (0, 7, 0.1, 1), (0, 7, 0.1, 2), (0, 3, 0.0, 2)),
+    ],
+)
 def test_killed_and_resumed_run_ends_with_the_same_weights(
-    folder: Path, tmp_path: Path, refresh_every: int, imitation: int
+    folder: Path,
+    tmp_path: Path,
+    refresh_every: int,
+    imitation: int,
+    dropout: float,
+    batches: int,
 ) -> None:
     def run(updates_until_kill: int | None, checkpoint: Path | None) -> torch.Tensor:
         module = module_of(
             folder, "relative", 3, refresh_every=refresh_every, imitation_updates=imitation
         )
-        loader = RolloutLoader(Colours(), updates=9, seed=0)
+        adapted(module.model, AdaptConfig(freeze_word_embeddings=False, dropout=dropout))
+        loader = RolloutLoader(Colours(), updates=9 * batches, seed=0)
         stop = Kill(updates_until_kill, tmp_path / "killed.ckpt")
-        trainer = trainer_of(9, tmp_path, callbacks=[stop])
+        trainer = trainer_of(9, tmp_path, callbacks=[stop], accumulate_grad_batches=batches)
         try:
             trainer.fit(module, loader, ckpt_path=checkpoint)
         except KilledError:
@@ -158,6 +175,23 @@ def test_killed_and_resumed_run_ends_with_the_same_weights(
     resumed = run(None, tmp_path / "killed.ckpt")
     assert not torch.equal(part, whole)
     assert torch.equal(resumed, whole)
+
+
+def test_a_checkpoint_without_random_states_still_loads(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "killed.ckpt"
+    for number in (2, None):
+        module = module_of(folder, imitation_updates=3)
+        trainer = trainer_of(4, tmp_path, callbacks=[Kill(number, file)])
+        loader = RolloutLoader(Colours(), updates=4, seed=0)
+        if number is not None:
+            with pytest.raises(KilledError):
+                trainer.fit(module, loader)
+            checkpoint = torch.load(file, weights_only=False)
+            del checkpoint["rollouts"]
+            torch.save(checkpoint, file)
+        else:
+            trainer.fit(module, loader, ckpt_path=file)
+            assert trainer.global_step == 4
 
 
 class KilledError(Exception):
@@ -196,10 +230,52 @@ def test_episodes_follow_after_imitation(folder: Path, tmp_path: Path) -> None:
     assert module.collector.transitions == 2 * 8 * 2  # updates, episodes, steps
 
 
+class Same:
+    """Draws one sample again and again."""
+
+    sample_ = SupportSample("1", "where is the hat", tuple("abcdefghijkl"), (3,))
+
+    def sample(self, rng: np.random.Generator) -> SupportSample:
+        return self.sample_
+
+
+@pytest.mark.parametrize(("environments", "batches"), [(8, 1), (4, 2)])
+def test_each_batch_of_imitation_has_its_own_samples_and_negatives(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environments: int,
+    batches: int,
+) -> None:
+    numbers: list[int] = []
+    chosen: list[list[list[int]]] = []
+    loss, draw = training.imitation_loss, EpisodeStream.__getitem__
+
+    def noted_loss(*arguments: Any) -> torch.Tensor:
+        chosen.append(arguments[3])
+        return loss(*arguments)
+
+    def noted_draw(self: EpisodeStream, number: int) -> SupportSample:
+        numbers.append(number)
+        return draw(self, number)
+
+    monkeypatch.setattr(training, "imitation_loss", noted_loss)
+    monkeypatch.setattr(EpisodeStream, "__getitem__", noted_draw)
+    module = module_of(folder, environments=environments, imitation_updates=9)
+    trainer = trainer_of(4, tmp_path, accumulate_grad_batches=batches)
+    trainer.fit(module, RolloutLoader(Same(), updates=4 * batches, seed=0))
+    # an update of two batches has the samples of one batch of twice the size
+    assert numbers == list(range(1 << 40, (1 << 40) + 4 * 8))
+    assert len(chosen) == 4 * batches
+    for number, own in enumerate(chosen):
+        rng = np.random.default_rng((1, 0, number))
+        assert own == [candidates(Same.sample_, 6, rng) for _ in range(environments)]
+
+
 def test_logs_what_a_person_wants_to_see(folder: Path, tmp_path: Path) -> None:
     watch = Watch()
-    trainer = trainer_of(3, tmp_path, callbacks=[watch])
-    trainer.fit(module_of(folder), RolloutLoader(Colours(), updates=3, seed=0))
+    trainer = trainer_of(4, tmp_path, callbacks=[watch])
+    trainer.fit(module_of(folder), RolloutLoader(Colours(), updates=4, seed=0))
     expected = {"return", "fact_em", "fact_f1", "loss", "alpha", "lr", "transitions_per_s"}
     assert expected <= watch.logged[-1].keys()
     assert watch.logged[0]["alpha"] == pytest.approx(0.02)  # not lowered in the warm-up
@@ -302,6 +378,19 @@ def test_schedule(schedule: str) -> None:
     assert rising == sorted(rising)
     assert rising[0] > 0
     assert rising[-1] == 1.0
+
+
+@pytest.mark.parametrize("warmup", [0, 3, 5])
+def test_a_warm_up_that_ends_too_late_is_told(folder: Path, tmp_path: Path, warmup: int) -> None:
+    config = OptimizerConfig(warmup_updates=warmup)
+    for total in range(1, 9):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            config.check_length(total)
+        reached = max(config.lr_factor(update, total) for update in range(total)) == 1.0
+        assert len(told) == (0 if reached else 1)
+    with pytest.warns(UserWarning, match="warmup_updates less than 3"):
+        trainer_of(3, tmp_path).fit(module_of(folder), RolloutLoader(Colours(), 3, seed=0))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from tiny import Colours, tiny_model
 
+from qrag_retriever.errors import InvalidInputError
 from qrag_train.report import markdown, reports
 
 SAMPLES = [Colours(support=2).sample(np.random.default_rng(i)) for i in range(4)]
@@ -26,6 +27,11 @@ def test_a_model_beside_what_it_was_trained_from(tmp_path: Path) -> None:
     # this one was not trained at all
     assert rows[3] == rows[0]
     assert rows[4] == rows[2]
+
+
+def test_a_budget_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="k=0"):
+        next(reports(tiny_model(tmp_path), SAMPLES, 0))
 
 
 @pytest.mark.parametrize("scratch", [{"layers": 1}, None])

@@ -10,13 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrag_retriever.errors import ConfigError, InvalidInputError
-from qrag_train.returns import (
-    annealed_alpha,
-    critic_values,
-    decay_factor,
-    lambda_returns,
-    soft_value,
-)
+from qrag_train.returns import annealed_alpha, critic_values, lambda_returns, soft_value
 
 REFERENCE = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "reference"
 
@@ -238,19 +232,6 @@ def test_reference_compat_repeats_the_slips(seed, steps):
 
 
 # --- schedules --------------------------------------------------------------------------------
-
-
-def test_decay_begins_after_the_warm_up_and_ends_at_its_final_value():
-    factors = [
-        decay_factor(step, warmup_steps=100, total_steps=300, final=0.1) for step in range(400)
-    ]
-    assert factors[:101] == [1.0] * 101
-    assert factors[200] == pytest.approx(0.55)
-    assert factors[300:] == pytest.approx([0.1] * 100)
-    assert np.all(np.diff(factors) <= 0)
-    for wrong in ({"warmup_steps": 300}, {"warmup_steps": -1}, {"final": 1.5}):
-        with pytest.raises(ConfigError, match="not allowed"):
-            decay_factor(0, **{"warmup_steps": 10, "total_steps": 300, **wrong})
 
 
 def test_alpha_follows_the_decay_down_to_its_floor():

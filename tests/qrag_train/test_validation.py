@@ -51,7 +51,8 @@ def test_each_validation_embeds_a_text_once_and_with_the_weights_of_its_time(
 
     monkeypatch.setattr(QRAGModel, "encode_actions", counted)
     model = tiny_model(tmp_path / "encoder", "none", scale=0.2)
-    pqn = PQNConfig(environments=4, random_transitions=8, max_steps=2)
+    # shorter episodes than the model's budget of 2, with which it is judged
+    pqn = PQNConfig(environments=4, random_transitions=8, max_steps=1)
     module = ValidatedTrainingModule(model, pqn, OptimizerConfig(lr=3e-2, warmup_updates=0))
     trainer = lightning.Trainer(
         accelerator="cpu",
