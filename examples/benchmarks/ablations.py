@@ -4,7 +4,7 @@
         --questions VALID.txt --background BOOKS --updates 800 --json FILE
 
 Trains one model for each variant with the same number of updates and judges it as babilong.py
-does. A variant whose folder is there already is not trained again.
+does. A training that was interrupted goes on, and one that is finished is not made again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import training_runs
 from babilong import add_story_options, judge, show, tasks
 from bench import Results, load
 from machine import report
@@ -25,7 +26,6 @@ from qrag_train.build import build_module
 from qrag_train.data import BackgroundText
 from qrag_train.rollout import EpisodeStream
 from qrag_train.texts import TextTable
-from qrag_train.training import run
 from qrag_train.validation import ValidatedTrainingModule
 
 # options of qrag-train fit that differ from the config
@@ -34,7 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no soft Q": {"model.pqn.alpha": 1e-3},
     "no target networks": {"model.pqn.tau": 1.0},
     "supervised": {},
-    "untrained": {"model.optimizer.lr": 1e-12},
+    "untrained": {"model.optimizer.lr": 1e-12, "model.optimizer.warmup_updates": 0},
     "no positions": {"model.positions": "none"},
     "truncated positions": {"model.settings.truncate_positions": True},
     "two critics": {"model.pqn.n_critics": 2},
@@ -107,8 +107,7 @@ def main() -> None:
     rows = []
     for variant in options.variants:
         folder = options.folder / variant.replace(" ", "_")
-        if not (folder / "curves.png").exists():
-            train(variant, folder, options)
+        train(variant, folder, options)
         model = load(folder, background.sentences)
         row = {"variant": variant, **judge(folder, model, task, background, options, results)}
         rows.append(row)
@@ -121,13 +120,11 @@ def train(variant: str, folder: Path, options: argparse.Namespace) -> None:
     updates = 1 if variant == "untrained" else options.updates
     given = {
         "config": options.config,
-        "output_dir": folder,
-        "trainer.max_steps": updates,
         "trainer.val_check_interval": max(1, updates // 10),
         **VARIANTS[variant],
     }
     build = build_supervised if variant == "supervised" else build_module
-    run(["fit", *(f"--{name}={value}" for name, value in given.items())], build)
+    training_runs.train(folder, updates, given, build)
 
 
 if __name__ == "__main__":

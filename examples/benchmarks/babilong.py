@@ -9,7 +9,7 @@ see. Fact-EM with the whole budget, which no threshold enters, is given for both
 files are several tasks; ``simulated:1`` to ``simulated:5`` make up questions. Those whose story
 alone is longer than a document are left out and counted. Where the run chose its best model on the
 same file, as the configs here do, the figures are a little flattering. The minutes of training are
-those between its first and its last validation.
+those from the first to the last entry of its log, or of each of them where it was interrupted.
 
 The books are embedded once, and documents are made one after the other: 400,000 sentences, ten
 million tokens, take the memory of their embeddings. What was measured is kept in a journal beside
@@ -81,8 +81,8 @@ def main() -> None:
         baselines(runs[-1]["budget"], before, task, background, options, results)
     files = [Path(file) for file in options.questions if Path(file).exists()]
     names = ", ".join(Path(file).name for file in options.questions)
+    plot(results.rows, options.json)  # a reader may fail
     results.write([*models, before], files, questions=names, runs=runs)
-    plot(results.rows, options.json)
 
 
 def parse() -> argparse.Namespace:
@@ -260,14 +260,20 @@ def training(run: Path) -> dict[str, Any]:
     if not (run / "config.yaml").exists():
         return {}
     settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    log = EventAccumulator(str(next((run / "logs").glob("version_*"))))
-    log.Reload()
-    judged = log.Scalars("val/fact_em")  # at the start, in between and at the end
+    seconds = sum(logged_seconds(folder) for folder in (run / "logs").glob("version_*"))
     return {
         "training_seed": settings["seed_everything"],
         "updates": settings["trainer"]["max_steps"],
-        "training_minutes": round((judged[-1].wall_time - judged[0].wall_time) / 60, 1),
+        "training_minutes": round(seconds / 60, 1),
     }
+
+
+def logged_seconds(folder: Path) -> float:
+    """Time from the first to the last entry of a log; each resumption has a log of its own."""
+    log = EventAccumulator(str(folder))
+    log.Reload()
+    times = [entry.wall_time for name in log.Tags()["scalars"] for entry in log.Scalars(name)]
+    return max(times) - min(times) if times else 0.0
 
 
 def plot(rows: Sequence[dict[str, Any]], json: Path) -> None:

@@ -207,8 +207,8 @@ class Results:
             self.rows.append({**row, "retrieval": name, **stopped})
         if method.read:
             answered = [one for one in found if one.answer is not None]
-            tasks = [one.task(method.q_threshold) for one in answered]
-            self._to_read.append((self.rows[-1], tasks))
+            if tasks := [one.task(method.q_threshold) for one in answered]:
+                self._to_read.append((self.rows[-1], tasks))
         return found
 
     def _found(self, method: Method, samples: Sequence[SupportSample]) -> list[Found]:
@@ -246,6 +246,9 @@ class Results:
             models: The models judged; their digests are written down.
             files: The data; their SHA-256 is.
             **more: Further figures.
+
+        Raises:
+            SystemExit: If answers are missing; everything is written before.
         """
         options = self._options
         more["models"] = {judged.name: judged.digest for judged in models}
@@ -255,17 +258,41 @@ class Results:
         if self._stopping:
             figures.stops(self._stopping, options.json)
             figures.q_values(self._q_over_steps, options.json)
+        errors: list[ReaderError] = []
         if options.reader is not None:
             llm = openai_compatible(options.reader_url, options.reader)
             reader = Reader(llm, f"{options.reader} at {options.reader_url}", self._journal)
             try:
-                for row, tasks in self._to_read:
-                    row.update(reader.scores(self._benchmark, tasks))
-            except ReaderError as error:
-                raise SystemExit(f"error: {error}") from error
+                errors = self._read(reader)
             finally:
                 self._write(more)
         print(markdown(self.rows))
+        if errors:
+            raise SystemExit(f"error: {errors[-1]}\n{self._unread()}") from errors[-1]
+
+    def _read(self, reader: Reader) -> list[ReaderError]:
+        """Score what the reader answers of each row, and note how much it does not."""
+        errors: list[ReaderError] = []
+        responds = True
+        for row, tasks in self._to_read:
+            if responds or not reader.missing(self._benchmark, tasks):
+                try:
+                    row.update(reader.scores(self._benchmark, tasks))
+                except ReaderError as error:
+                    errors.append(error)
+                    responds = reader.responds()
+            if missing := reader.missing(self._benchmark, tasks):
+                row["answers_missing"] = missing
+        return errors
+
+    def _unread(self) -> str:
+        """The rows that have no scores of the reader."""
+        lines = [
+            f"  {row['data']}; {row['retrieval']}: {row['answers_missing']} of {len(tasks)}"
+            for row, tasks in self._to_read
+            if "answers_missing" in row
+        ]
+        return "\n".join(["Not scored, because answers are missing:", *lines])
 
     def _write(self, more: dict[str, Any]) -> None:
         options = self._options

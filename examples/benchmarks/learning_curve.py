@@ -8,8 +8,8 @@ Trains one model for each share of each file's questions with the same number of
 judges its last weights on the config's validation files with the model's own budget, HotpotQA with
 T = 2. Sources that make up questions are left out, so that the annotated ones are all that differs;
 questions that the updates do not get to are worth nothing, so the largest share should not be more
-than they read. A share whose folder is there already is not trained again, and one whose figures
-the file has is not judged again.
+than they read. A training that was interrupted goes on, and one that is finished is not made again;
+nor is a share judged again whose figures the file has.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import figures
+import training_runs
 import yaml
 from machine import report
 
@@ -27,7 +28,6 @@ from qrag_retriever import QRAGModel, SearchOptions
 from qrag_train.data.sample import SampleList
 from qrag_train.data.source import SourceConfig
 from qrag_train.evaluation import evaluate
-from qrag_train.training import run
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -46,9 +46,8 @@ def main() -> None:
             continue
         used = {name: max(1, round(share * count)) for name, count in files.items()}
         folder = options.folder / f"{share:g}"
-        if not (folder / "curves.png").exists():
-            limited = [{**source, "limit": used[source["file"]]} for source, _ in annotated]
-            train(folder, limited, options)
+        limited = [{**source, "limit": used[source["file"]]} for source, _ in annotated]
+        train(folder, limited, options)
         row = {"share": share, "questions": sum(used.values()), **judge(folder, valid)}
         print(*(f"{key}: {value}" for key, value in row.items()), sep="  ", flush=True)
         write([*judged(options).values(), row], options)
@@ -107,13 +106,11 @@ def questions(source: Mapping[str, Any]) -> int:
 def train(folder: Path, sources: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> None:
     given = {
         "config": options.config,
-        "output_dir": folder,
         "seed_everything": options.seed,
         "data.train": json.dumps(sources),
-        "trainer.max_steps": options.updates,
         "trainer.val_check_interval": options.updates,
     }
-    run(["fit", *(f"--{name}={value}" for name, value in given.items())])
+    training_runs.train(folder, options.updates, given)
 
 
 def judge(folder: Path, valid: Sequence[SourceConfig]) -> dict[str, float]:

@@ -67,8 +67,8 @@ def main() -> None:
                 results.measure(method, samples, len(samples), data=data, task=task, tokens=tokens)
     results.rows += averages(results.rows)
     given = [options.words, options.squad, options.hotpotqa]
+    figures.over_length(lines(results.rows), options.json)  # a reader may fail
     results.write([*models, before], [file for file in given if file])
-    figures.over_length(lines(results.rows), options.json)
 
 
 def methods(k: int, models: Sequence[Judged], before: Judged, baselines: bool) -> list[Method]:

@@ -9,7 +9,8 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from qrag_retriever.errors import ConfigError
-from qrag_train.data.problems import Problems
+from qrag_train.data.candidates import twins
+from qrag_train.data.problems import Problems, unwritable
 from qrag_train.data.source import looked_at
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from qrag_train.data.datamodule import SupportDataModule
     from qrag_train.data.sample import SupportSample
 
+_SHOWN = 20  # lines of a warning
 # Settings that may differ between a run and its resumption: they do not change what is learned.
 _FREE = (
     "config",
@@ -39,13 +41,16 @@ def check_run(data: SupportDataModule, budget: int) -> None:
 
     Raises:
         DatasetError: If there is no training or validation data, a file is not as described, ids
-            repeat, chunks are empty, or the weights of a mixture do not fit.
+            repeat, chunks are empty, a text is none in UTF-8, or the weights of a mixture do not
+            fit.
         ConfigError: If the budget is smaller than the largest support.
     """
     train, val = data.sources("train"), data.sources("val")
     for config, source in train + val:
         finite = isinstance(source, Sequence)
         check_samples(config.file, looked_at(source), budget, unique=finite)
+        if finite:  # in stories the same happens twice
+            check_twins(config.file, looked_at(source))
     for part in ("train", "val"):
         data.source(part)  # refuses weights that do not fit the sources
     for first, second in product(train, val):
@@ -70,7 +75,7 @@ def check_samples(
         unique: Whether ids may not repeat; stories that are told again have the same.
 
     Raises:
-        DatasetError: If ids repeat, or chunks are empty.
+        DatasetError: If ids repeat, chunks are empty, or a text is none in UTF-8.
         ConfigError: If the budget is smaller than the largest support.
     """
     problems = Problems(name)
@@ -82,12 +87,12 @@ def check_samples(
         if unique and sample.id in seen:
             problems.add(where, "has the id of an earlier question; give each its own")
         seen.add(sample.id)
+        _check_text(where, "the question", sample.question, problems)
         # questions on one corpus share its chunks
         if sample.chunks is not chunks:
             chunks = sample.chunks
             for place, chunk in enumerate(chunks):
-                if not chunk.strip():
-                    problems.add(where, f"chunk {place} is empty; leave it out or give its text")
+                _check_text(where, f"chunk {place}", chunk, problems)
         if len(sample.support) > largest:
             largest, needs_most = len(sample.support), where
     problems.raise_if_any()
@@ -96,6 +101,35 @@ def check_samples(
             f"max_steps={budget} chunks are retrieved, but {needs_most} of {name} has {largest} "
             f"support chunks, which no episode could complete; give --model.max_steps {largest} "
             "or more."
+        )
+
+
+def _check_text(where: str, name: str, text: str, problems: Problems) -> None:
+    if not text.strip():
+        problems.add(where, f"{name} is empty; leave it out or give its text")
+    elif (character := unwritable(text)) is not None:
+        problems.add(where, f"{name} holds {character}, half of a character; give the whole one")
+
+
+def check_twins(name: str, samples: Sequence[SupportSample]) -> None:
+    """Warn of support chunks whose text other chunks of the question have too.
+
+    Args:
+        name: How the warning calls the samples.
+        samples: The questions.
+    """
+    found = [
+        f"  question {number} ({sample.id}): chunk {twin} has the text of support chunk {chunk}"
+        for number, (sample, same) in enumerate(zip(samples, twins(samples), strict=True), start=1)
+        for twin, chunk in same.items()
+    ]
+    if found:
+        more = [f"  … and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        warnings.warn(
+            f"{name} has chunks that are no support and have the text of one, so Fact-EM depends "
+            "on which of them is retrieved; mark all of them as support, or leave all but one out "
+            "(chunks are counted from 0):\n" + "\n".join([*found[:_SHOWN], *more]),
+            stacklevel=3,
         )
 
 

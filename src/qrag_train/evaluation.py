@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sized
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from qrag_retriever.scoring import score
 from qrag_retriever.search import Beam, Search, SearchOptions
@@ -87,19 +89,26 @@ def search_samples(
 ) -> list[Beam]:
     """Retrieve for many samples at once, each among its own chunks.
 
+    A search of more samples than are searched together shows its progress.
+
     Args:
         model: The model.
         samples: What to search.
         options: How; the same for all.
-        known: Embeddings of this model that need not be made again.
+        known: Embeddings of this model that need not be made again. Whoever keeps them searches
+            part by part, as a validation does, and shows the progress of all: here none is shown.
 
     Returns:
         The best trajectory of each sample.
     """
+    count = len(samples) if isinstance(samples, Sized) else None
+    few = known is not None or count is None or count <= _MOST_SAMPLES
     known = EmbeddedTexts(model) if known is None else known
     results: list[Beam] = []
-    for group in in_groups(samples):
-        results += _search_group(model, group, options, known)
+    with tqdm(total=count, unit="question", leave=False, mininterval=1, disable=few) as bar:
+        for group in in_groups(samples):
+            results += _search_group(model, group, options, known)
+            bar.update(len(group))
     return results
 
 
@@ -107,6 +116,8 @@ def hard_negatives(
     model: QRAGModel, questions: Sequence[SupportSample], steps: int, count: int
 ) -> list[list[int]]:
     """What a model would rather retrieve than the support: its best wrong chunks at each step.
+
+    A chunk that has the text of a support chunk is not wrong.
 
     Args:
         model: The model.
@@ -122,7 +133,9 @@ def hard_negatives(
     for beam, question in zip(search_samples(model, questions, options), questions, strict=True):
         ranks = [[index for index, _ in pick.runners_up] for pick in beam.picks]
         rivals = (index for rank in zip_longest(*ranks) for index in rank if index is not None)
-        wrong = dict.fromkeys(i for i in (*beam.retrieved, *rivals) if i not in question.support)
+        chunks = question.chunks
+        right = {chunks[i] for i in question.support}
+        wrong = dict.fromkeys(i for i in (*beam.retrieved, *rivals) if chunks[i] not in right)
         found.append(list(wrong)[:count])
     return found
 

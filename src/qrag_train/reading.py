@@ -39,6 +39,7 @@ PROMPTS: dict[Benchmark, str] = {
 
 # After so many failures on end the reader is taken for unreachable.
 _GIVE_UP = 3
+_ANY_QUESTION = "Answer with the word yes."
 
 
 class Task(NamedTuple):
@@ -86,7 +87,7 @@ class Reader:
                 fails on several on end; answers had so far are kept.
         """
         prompts = [prompt(benchmark, task) for task in tasks]
-        keys = [content_key("reader", self.name, text) for text in prompts]
+        keys = [self._key(text) for text in prompts]
         errors: list[Exception] = []
         on_end = 0
         for key, text in zip(tqdm(keys, desc=self.name, unit="answer"), prompts, strict=True):
@@ -112,14 +113,36 @@ class Reader:
             ) from errors[-1]
         return [str(self._journal[key]) for key in keys]
 
+    def missing(self, benchmark: Benchmark, tasks: Sequence[Task]) -> int:
+        """How many of the questions have no answer in the journal; asks nothing."""
+        return sum(self._key(prompt(benchmark, task)) not in self._journal for task in tasks)
+
+    def responds(self) -> bool:
+        """Whether the LLM answers at all: if so, its failures are about the questions it got."""
+        return isinstance(self._answer(_ANY_QUESTION), str)
+
     def scores(self, benchmark: Benchmark, tasks: Sequence[Task]) -> dict[str, float]:
-        """Means of ``answer_em`` and ``answer_f1``; arguments and errors as `answers`."""
+        """Means of ``answer_em`` and ``answer_f1``.
+
+        Arguments and errors as `answers`.
+
+        Raises:
+            InvalidInputError: If there is no question.
+        """
+        if not tasks:
+            raise InvalidInputError(
+                f"The reader {self.name} got no question to be scored on; give questions that have "
+                "an answer."
+            )
         answers = self.answers(benchmark, tasks)
         pairs = [(answer, [task.answer]) for answer, task in zip(answers, tasks, strict=True)]
         return {
             "answer_em": sum(answer_em(*pair) for pair in pairs) / len(pairs),
             "answer_f1": sum(answer_f1(*pair) for pair in pairs) / len(pairs),
         }
+
+    def _key(self, text: str) -> str:
+        return content_key("reader", self.name, text)
 
     def _answer(self, text: str) -> str | Exception:
         try:

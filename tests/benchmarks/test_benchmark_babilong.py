@@ -76,6 +76,18 @@ def test_figures_of_a_run(tmp_path, calibrated_up_to_200):
     assert json.loads(file.read_text())["runs"] == written["runs"]
 
 
+def test_what_was_drawn_stays_when_the_reader_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    model, file = save_model(tmp_path, "relative", TEXTS), tmp_path / "b.json"
+    with pytest.raises(SystemExit, match="answered 0 of 2"):
+        run(
+            *(babilong, model, "--questions", "simulated:1", "--count", 2, "--lengths", 12),
+            *("--background", write_books(tmp_path), "--json", file),
+            *("--reader", "tiny", "--reader-url", "http://127.0.0.1:9/v1"),
+        )
+    assert (tmp_path / "b_length.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_documents_are_the_same_whenever_read():
     background = BackgroundText(SENTENCES)
     options = argparse.Namespace(seed=0, count=3)
@@ -150,18 +162,30 @@ def test_ablations_train_one_variant_after_the_other(tmp_path):
             "positions": "relative",
             "max_steps": 2,
             "pqn": {"environments": 2, "random_transitions": 0},
+            "optimizer": {"warmup_updates": 1},
         },
         "data": {"train": [stories], "val": [stories], "val_samples": 2},
         "trainer": {"accelerator": "cpu"},
     }
     (tmp_path / "c.yaml").write_text(json.dumps(config), encoding="utf-8")
     file = tmp_path / "a.json"
-    run(
-        *(ablations, "--config", tmp_path / "c.yaml", "--folder", tmp_path / "runs"),
-        *("--variants", "full", "supervised", "--updates", 2, "--background", books),
+    arguments = [
+        *("--config", tmp_path / "c.yaml", "--folder", tmp_path / "runs", "--background", books),
         *("--questions", "simulated:1", "--lengths", 12, "--count", 3, "--json", file),
-    )
+    ]
+    variants = ["full", "supervised", "untrained"]
+    run(ablations, *arguments, "--updates", 2, "--variants", *variants)
     rows = json.loads(file.read_text())["variants"]
-    assert [row["variant"] for row in rows] == ["full", "supervised"]
-    for folder in ("full", "supervised"):
+    assert [(row["variant"], row["updates"]) for row in rows] == [
+        *(("full", 2), ("supervised", 2), ("untrained", 1))
+    ]
+    for folder in variants:
         assert (tmp_path / "runs" / folder / "model" / "qrag_config.json").exists()
+
+    models = [(tmp_path / "runs" / name / "checkpoints" / "last.ckpt") for name in variants]
+    before = [model.read_bytes() for model in models]
+    run(ablations, *arguments, "--updates", 2, "--variants", *variants)
+    assert [model.read_bytes() for model in models] == before
+    assert json.loads(file.read_text())["variants"] == rows
+    with pytest.raises(SystemExit, match="full holds another training"):
+        run(ablations, *arguments, "--updates", 3, "--variants", "full")

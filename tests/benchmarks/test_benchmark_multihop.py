@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -156,6 +158,73 @@ def test_a_model_is_named_after_its_run(tmp_path):
     assert names == ["mine", "mine", "other"]
 
 
+def other_questions(hotpotqa, name):
+    """The same questions in other words, so that their prompts differ."""
+    text = hotpotqa.read_text()
+    file = hotpotqa.with_name(name)
+    file.write_text(text.replace("where is", "where was").replace("fell", "lay"))
+    return file
+
+
+def test_a_question_that_the_reader_refuses_keeps_no_other_row_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    model, hotpotqa = save_model(tmp_path, q_threshold=None), write_hotpotqa(tmp_path)
+    other = other_questions(hotpotqa, "other.json")
+    monkeypatch.setitem(multihop.READERS, "MuSiQue", (read_hotpotqa, 2))
+    file = tmp_path / "m.json"
+    arguments = [
+        *(model, "--hotpotqa", hotpotqa, "--musique", other, "--beams", 1, "--json", file),
+        *("--reader", "tiny"),
+    ]
+    with llm_server() as server:
+        server.refused = ("where is the green hat?",)
+        with pytest.raises(SystemExit) as stop:
+            run(multihop, *arguments, "--reader-url", server.url)
+    rows = json.loads(file.read_text())["rows"]
+    first, second = [row for row in rows if row["retrieval"] == "mine: 2 steps"]
+    assert second.keys() - first.keys() == {"answer_em", "answer_f1"}
+    assert first["answers_missing"] == 1
+    assert "answers_missing" not in second
+    assert str(stop.value).startswith("error: The reader tiny at")
+    assert str(stop.value).splitlines()[-2:] == [
+        "Not scored, because answers are missing:",
+        "  HotpotQA, 6 candidates; mine: 2 steps: 1 of 3",
+    ]
+
+
+def test_a_reader_that_is_gone_is_not_asked_for_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    model, hotpotqa = save_model(tmp_path, q_threshold=None), write_hotpotqa(tmp_path)
+    other = other_questions(hotpotqa, "other.json")
+    monkeypatch.setitem(multihop.READERS, "MuSiQue", (read_hotpotqa, 2))
+    file = tmp_path / "m.json"
+    arguments = [model, "--beams", 1, "--json", file, "--reader", "tiny", "--musique"]
+    with llm_server() as server:
+        arguments += [hotpotqa, "--reader-url", server.url]
+        run(multihop, *arguments)
+        server.refused, server.asked = ("",), []
+        with pytest.raises(SystemExit, match="answered 0 of 3"):
+            run(multihop, *arguments, "--hotpotqa", other)
+        assert len(server.asked) == 4  # three of them, and whether it is there at all
+        with pytest.raises(SystemExit, match=r"(?s)answered 0 of 3.*HotpotQA, 6 .*: 3 of 3$"):
+            run(multihop, *arguments, "--hotpotqa", other)
+    rows = json.loads(file.read_text())["rows"]
+    # what was answered before is scored
+    assert [row["data"] for row in rows if "answer_em" in row] == ["MuSiQue, 6 candidates"]
+
+
+def test_questions_without_answers_are_not_read(tmp_path):
+    model, hotpotqa = save_model(tmp_path, q_threshold=None), write_hotpotqa(tmp_path)
+    options = argparse.Namespace(threads=1, json=tmp_path / "m.json", journal=None, seed=0)
+    options.reader, options.reader_url = "tiny", "http://127.0.0.1:9/v1"
+    results = bench.Results(options, "multihop")
+    samples = [dataclasses.replace(sample, answer=None) for sample in read_hotpotqa(hotpotqa)]
+    method = bench.load(model, []).steps(2, read=True)
+    results.measure(method, samples, len(samples), data="no answers")
+    results.write([], [])
+    assert len(json.loads(options.json.read_text())["rows"]) == 1
+
+
 def test_a_reader_answers_from_what_was_found(tmp_path, monkeypatch):
     model, hotpotqa = save_model(tmp_path), write_hotpotqa(tmp_path)
     file = tmp_path / "m.json"
@@ -168,6 +237,8 @@ def test_a_reader_answers_from_what_was_found(tmp_path, monkeypatch):
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 12  # nothing of the retrieval is lost
     assert not any("answer_em" in row for row in rows)
+    missing = [row.pop("answers_missing") for row in rows if "answers_missing" in row]
+    assert missing == [3]
 
     monkeypatch.setattr(bench, "search_samples", None)  # and nothing is retrieved again
     with llm_server() as server:

@@ -65,3 +65,18 @@ def test_without_a_model_the_others_are_judged(tmp_path):
         "untrained: the best 4 of one step",
         "BM25",
     }
+
+
+def test_what_was_drawn_stays_when_the_reader_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    model = save_model(tmp_path)
+    words = tmp_path / "words.txt"
+    words.write_text("cup\nhat\nkey")
+    file = tmp_path / "r.json"
+    reader = ("--reader", "tiny", "--reader-url", "http://127.0.0.1:9/v1")
+    with pytest.raises(SystemExit, match="answered 0 of 2"):
+        run(
+            *(ruler, model, "--words", words, "--background", write_books(tmp_path), *reader),
+            *("--tasks", "niah_single_1", "--tokens", 100, "--count", 2, "--json", file),
+        )
+    assert (file.parent / "r_length.png").read_bytes().startswith(b"\x89PNG")

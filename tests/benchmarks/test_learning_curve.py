@@ -18,7 +18,11 @@ def test_shares_of_the_annotated_questions(tmp_path: Path) -> None:
     questions = {"file": str(file), "format": "hotpotqa"}
     config = tmp_path / "config.yaml"
     settings = {
-        "model": {"encoder": str(save_model(tmp_path)), "pqn": {"environments": 2}},
+        "model": {
+            "encoder": str(save_model(tmp_path)),
+            "pqn": {"environments": 2},
+            "optimizer": {"warmup_updates": 1},
+        },
         "data": {"train": [questions | {"weight": 1}], "val": [questions]},
         "trainer": {"accelerator": "cpu"},
     }
@@ -35,6 +39,14 @@ def test_shares_of_the_annotated_questions(tmp_path: Path) -> None:
         kept = yaml.safe_load((folder / name / "config.yaml").read_text())
         assert [source["limit"] for source in kept["data"]["train"]] == [row["questions"]]
     assert out.with_name("curve_curve.png").exists()
+
+    before = (folder / "1" / "checkpoints" / "last.ckpt").read_bytes()
+    run(learning_curve, *arguments, "--json", tmp_path / "again.json", "--shares", 1)
+    assert (folder / "1" / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert json.loads((tmp_path / "again.json").read_text())["rows"] == [all_]
+    more = ("--updates", 3, "--json", tmp_path / "more.json")
+    with pytest.raises(SystemExit, match="1 holds another training"):
+        run(learning_curve, *arguments, *more, "--shares", 1)
 
 
 def test_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

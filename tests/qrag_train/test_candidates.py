@@ -44,6 +44,24 @@ def test_candidates_are_support_hard_negatives_and_random_chunks(data: st.DataOb
     assert set(negatives[:hard][:room]) <= set(found)
 
 
+@given(st.data())
+def test_copies_of_support_are_no_candidates(data: st.DataObject) -> None:
+    corpus = tuple(data.draw(st.lists(st.sampled_from("abcdefgh"), min_size=8, max_size=30)))
+    chunk = st.integers(0, len(corpus) - 1)
+    support = tuple(data.draw(st.lists(chunk, min_size=1, max_size=3, unique=True)))
+    negatives = data.draw(st.lists(chunk.filter(lambda i: i not in support), unique=True))
+    size = data.draw(st.integers(len(support) + 1, 12))
+    sets = CandidateSets([SupportSample("1", "?", corpus, support)], size, hard=4)
+    sets.hard_negatives = [negatives]
+    sample = sets.sample(np.random.default_rng(data.draw(st.integers(0, 99))))
+    texts = [corpus[i] for i in support]
+    wrong = [text for i, text in enumerate(sample.chunks) if i not in sample.support]
+    assert not set(wrong) & set(texts)
+    assert [sample.chunks[i] for i in sample.support] == texts
+    others = [text for text in corpus if text not in texts]
+    assert len(wrong) == min(size - len(support), len(others))
+
+
 def test_the_others_are_drawn_evenly() -> None:
     sets = CandidateSets([question(0, (3,))], size=11, hard=2)
     sets.hard_negatives = [[4, 5, 6]]
@@ -73,6 +91,14 @@ def test_hard_negatives_are_what_the_model_would_rather_retrieve(tmp_path: Path)
         expected = [*taken, *(i for pair in zip(*ranks, strict=True) for i in pair)]
         wrong = list(dict.fromkeys(i for i in expected if i not in sample.support))
         assert negatives == wrong[:5]
+
+
+def test_copies_of_support_are_no_hard_negatives(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, "none")
+    corpus = (*CORPUS[:6], *CORPUS[:3])
+    sample = SupportSample("1", "where is the cup", corpus, (1, 8))
+    (negatives,) = hard_negatives(model, [sample], steps=9, count=9)
+    assert sorted(negatives) == [0, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(("size", "hard"), [(2, 0), (0, 0), (5, -1)])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -9,10 +10,17 @@ import pytest
 from tiny import write_questions
 
 from qrag_retriever.errors import ConfigError, DatasetError
-from qrag_train.checks import check_interval, check_run, check_same_config, check_samples
+from qrag_train.checks import (
+    check_interval,
+    check_run,
+    check_same_config,
+    check_samples,
+    check_twins,
+)
+from qrag_train.data.candidates import twins
 from qrag_train.data.datamodule import SupportDataModule
 from qrag_train.data.sample import SupportSample
-from qrag_train.data.source import SourceConfig
+from qrag_train.data.source import SourceConfig, looked_at
 
 GOOD = SupportSample("1", "Where?", ("a", "b", "c"), (0, 2))
 
@@ -53,6 +61,61 @@ def test_chunks_have_text() -> None:
     empty = dataclasses.replace(GOOD, id="2", chunks=("a", " \n", "c"))
     with pytest.raises(DatasetError, match=r"question 2 \(2\): chunk 1 is empty"):
         check_samples("data.json", [GOOD, empty], budget=2)
+
+
+def test_texts_can_be_written() -> None:
+    broken = dataclasses.replace(GOOD, id="2", question="\ud83d?", chunks=("a", "b", "\udc00"))
+    with pytest.raises(DatasetError) as error:
+        check_samples("data.json", [GOOD, broken], budget=2)
+    lines = str(error.value).splitlines()[1:]
+    assert [line.partition(", ")[0] for line in lines] == [
+        r"  question 2 (2): the question holds \ud83d",
+        r"  question 2 (2): chunk 2 holds \udc00",
+    ]
+
+
+def test_copies_of_support_that_are_no_support_are_told(tmp_path: Path) -> None:
+    one = dataclasses.replace(GOOD, id="2", chunks=("a", "b", "a", "b", "a"), support=(2, 3))
+    both = dataclasses.replace(GOOD, id="3", chunks=("a", "b", "a", "c", "c"), support=(0, 2))
+    with pytest.warns(UserWarning, match="mark all of them as support, or leave") as caught:
+        check_twins("data.json", [GOOD, one, both])
+    assert str(caught[0].message).splitlines()[1:] == [
+        "  question 2 (2): chunk 0 has the text of support chunk 2",
+        "  question 2 (2): chunk 4 has the text of support chunk 2",
+        "  question 2 (2): chunk 1 has the text of support chunk 3",
+    ]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_twins("data.json", [GOOD, both])
+
+
+def test_copies_are_told_of_a_corpus_before_training(tmp_path: Path) -> None:
+    corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
+    lines = [{"id": f"c{i}", "text": text} for i, text in enumerate(["a", "b", "a"])]
+    corpus.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [{"id": str(i), "question": "?", "support": ["c2"]} for i in range(30)]
+    questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    val = write_questions(tmp_path / "val.jsonl", 3)
+    train = [SourceConfig(str(questions), "corpus", str(corpus))]
+    with pytest.warns(
+        UserWarning, match="questions.jsonl has chunks that are no support"
+    ) as caught:
+        check_run(SupportDataModule(train=train, val_file=str(val)), budget=1)
+    told = str(caught[0].message).splitlines()[1:]
+    assert told[0] == "  question 1 (0): chunk 0 has the text of support chunk 2"
+    assert (len(told), told[-1]) == (21, "  … and 10 more")
+
+
+def test_what_happens_twice_in_a_story_is_no_copy(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It rained. It rained. It snowed. It rained. " * 9)
+    story = SourceConfig(
+        "simulated:1", "babilong", background=str(tmp_path), sentences=(12, 16), places=2, things=1
+    )
+    data = SupportDataModule(train=[story], val=[story])
+    assert any(dict(t) for t in twins(looked_at(story.open())))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_run(data, budget=2)
 
 
 def test_the_budget_is_enough_for_the_largest_support() -> None:

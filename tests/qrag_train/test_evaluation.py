@@ -156,6 +156,29 @@ def test_what_the_next_group_has_too_is_not_embedded_again(
     assert embedded == ["a cup", "a hat", "a key", "a cup"]
 
 
+@pytest.mark.parametrize(
+    ("most", "known", "shown"), [(1, False, True), (4, False, False), (1, True, False)]
+)
+def test_progress_of_long_searches_alone(
+    model: QRAGModel,
+    samples: list[SupportSample],
+    most: int,
+    known: bool,
+    shown: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    expected = search_samples(model, samples, SearchOptions(2))
+    monkeypatch.setattr(evaluation, "_MOST_SAMPLES", most)
+    capsys.readouterr()
+    kept = evaluation.EmbeddedTexts(model) if known else None
+    found = search_samples(model, samples, SearchOptions(2), kept)
+    assert [beam.retrieved for beam in found] == [beam.retrieved for beam in expected]
+    assert ("0/4" in capsys.readouterr().err) is shown
+    search_samples(model, iter(samples), SearchOptions(2))  # how many is not known
+    assert capsys.readouterr().err == ""
+
+
 def test_questions_on_one_corpus_share_its_embeddings(model: QRAGModel) -> None:
     corpus = tuple(f"the {thing} fell" for thing in ("cup", "hat", "key"))
     samples = [SupportSample(str(i), "where is the cup", corpus, (i,)) for i in range(2)]

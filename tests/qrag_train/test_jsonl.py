@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qrag_retriever.errors import DatasetError
-from qrag_train.data import read_corpus_jsonl, read_documents_jsonl
+from qrag_train.data import read_corpus_jsonl, read_documents_jsonl, read_hotpotqa
 from qrag_train.data.jsonl import _CORPUS_LINE, _DOCUMENT_LINE, _QUESTION_LINE, _parsed
 
 DOCUMENT = {"id": "1", "question": "Who?", "chunks": ["a", "b", "c"], "support": [2, 0]}
@@ -69,6 +69,21 @@ def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_skipped(tmp_path)
         ({**DOCUMENT, "supports": [1]}, "unknown key 'supports'; allowed: 'id', 'question'"),
         ({"id": "1", "chunks": ["a"], "support": [0]}, "'question' is missing; give a string"),
         ({**DOCUMENT, "id": "0"}, "the id '0' stands in line 1 already"),
+        (
+            r'{"id": "1", "question": "\ud83d?", "chunks": ["a"], "support": [0]}',
+            r"'question' holds \\ud83d, half of a character",
+        ),
+        (
+            r'{"id": "1", "question": "?", "chunks": ["a", "b \udc00"], "support": [0]}',
+            r"'chunks'\[1\] holds \\udc00",
+        ),
+        (r'{"id": "\ud83d", "question": "?", "chunks": ["a"], "support": [0]}', "'id' holds"),
+        (
+            r'{"id": "1", "question": "?", "answer": "\ud83d", "chunks": ["a"], "support": [0]}',
+            "'answer' holds",
+        ),
+        pytest.param('{"id": ' + "1" * 5000 + "}", "number of too many digits", id="digits"),
+        pytest.param("[" * 100_000 + "]" * 100_000, "nested too deep", id="deep"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_line(tmp_path, line, message):
@@ -77,6 +92,26 @@ def test_what_is_wrong_is_named_with_its_line(tmp_path, line, message):
         read_documents_jsonl(path)
     assert "d.jsonl has 1 problem" in str(error.value)
     assert "line 2:" in str(error.value)
+
+
+def test_half_characters_in_a_corpus_and_whole_ones_in_two_halves(tmp_path):
+    corpus = write(tmp_path / "corpus.jsonl", *CORPUS, r'{"id": "p3", "text": "\ud83d"}')
+    questions = write(
+        tmp_path / "q.jsonl", r'{"id": "1", "question": "\ud83d\ude00", "support": ["p1"]}'
+    )
+    with pytest.raises(DatasetError, match=r"corpus.jsonl .*\n  line 3: 'text' holds \\ud83d"):
+        read_corpus_jsonl(corpus, questions)
+    (sample,) = read_corpus_jsonl(write(corpus, *CORPUS), questions)
+    assert sample.question == "\N{GRINNING FACE}"
+
+
+def test_lists_nested_as_deep_as_can_just_be_read(tmp_path):
+    """Whatever the depth, reading them raises the error of this package."""
+    for depth in range(800, 1000, 5):
+        nested = "[" * depth + "]" * depth
+        line = json.dumps(DOCUMENT)[:-1] + f', "answer": {nested}' + "}"
+        with pytest.raises(DatasetError, match=r"line 1: ('answer' is|holds lists)"):
+            read_documents_jsonl(write(tmp_path / "d.jsonl", line))
 
 
 def test_all_problems_of_a_file_are_reported_together(tmp_path):
@@ -114,10 +149,25 @@ def test_files_that_cannot_be_read(tmp_path):
         read_documents_jsonl(tmp_path / "none.jsonl")
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"id": "é"}'.encode("latin-1"))
-    with pytest.raises(DatasetError, match="not UTF-8"):
+    with pytest.raises(DatasetError, match="not UTF-8 in line 1;"):
+        read_documents_jsonl(latin)
+    good = json.dumps(DOCUMENT).encode() + b"\n\n"
+    latin.write_bytes(good * 5000 + '{"id": "é"}'.encode("latin-1"))
+    with pytest.raises(DatasetError, match="not UTF-8 in line 10001;"):
         read_documents_jsonl(latin)
     with pytest.raises(DatasetError, match="holds no question"):
         read_documents_jsonl(write(tmp_path / "empty.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("1" * 5000, "a number of too many digits"), ("[" * 100_000 + "]" * 100_000, "too deep")],
+    ids=["digits", "deep"],
+)
+def test_official_files_beyond_what_can_be_read(tmp_path, value, message):
+    file = write(tmp_path / "train.json", f"[{value}]")
+    with pytest.raises(DatasetError, match=rf"train.json holds .*{message}.*; give the official"):
+        read_hotpotqa(file)
 
 
 # --- schemas ---------------------------------------------------------------------------------

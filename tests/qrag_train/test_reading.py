@@ -104,6 +104,25 @@ def test_one_question_fails_and_the_others_are_kept(
     assert server.asked == [prompt("ruler", TASKS[i]) for i in (1, 3)]
 
 
+def test_what_is_missing_and_whether_the_reader_is_there(server: LLMServer) -> None:
+    server.refused = ("Where is 1?", "Where is 3?")
+    reader = Reader(FromLlamaIndex(url=server.url), "tiny", Journal(None))
+    assert reader.missing("ruler", TASKS) == 6
+    with pytest.raises(ReaderError):
+        reader.answers("ruler", TASKS)
+    assert (reader.missing("ruler", TASKS), reader.missing("babilong", TASKS)) == (2, 6)
+    assert reader.responds()
+    server.refused = ("",)
+    assert not reader.responds()
+
+
+def test_no_questions_have_no_score() -> None:
+    reader = Reader(SimpleNamespace(invoke=lambda _: "a"), "fake", Journal(None))
+    assert reader.answers("ruler", []) == []
+    with pytest.raises(InvalidInputError, match="give questions that have an answer"):
+        reader.scores("ruler", [])
+
+
 @pytest.mark.parametrize("kind", ["langchain", "llama_index"])
 def test_an_unreachable_reader_is_given_up(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qrag_train.data.problems import Problems, read_lines
+from qrag_train.data.problems import Problems, beyond_limits, read_lines, unwritable
 from qrag_train.data.sample import SampleList, SupportSample
 
 
@@ -177,10 +177,16 @@ def _parsed(line: str, fields: Mapping[str, _Field]) -> tuple[dict[str, Any], li
     """The record of a line, and what is wrong with it."""
     try:
         record = json.loads(line)
+        if isinstance(record, dict):
+            return record, _wrong(record, fields)
     except json.JSONDecodeError as error:
         return {}, [f"not valid JSON ({error.msg}, column {error.colno})"]
-    if not isinstance(record, dict):
-        return {}, [f"expected an object with {', '.join(map(repr, fields))}"]
+    except (RecursionError, ValueError) as error:
+        return {}, [f"{beyond_limits(error)}; give {', '.join(map(repr, fields))} as described"]
+    return {}, [f"expected an object with {', '.join(map(repr, fields))}"]
+
+
+def _wrong(record: Mapping[str, Any], fields: Mapping[str, _Field]) -> list[str]:
     wrong = [
         f"unknown key {key!r}; allowed: {', '.join(map(repr, fields))}"
         for key in record
@@ -194,4 +200,18 @@ def _parsed(line: str, fields: Mapping[str, _Field]) -> tuple[dict[str, Any], li
             given = json.dumps(record[key], ensure_ascii=False)
             given = given if len(given) <= 60 else given[:57] + "…"
             wrong.append(f"{key!r} is {given}; give {field.allowed}")
-    return record, wrong
+        else:
+            wrong += _unwritable(key, record[key])
+    return wrong
+
+
+def _unwritable(key: str, value: Any) -> list[str]:
+    """What of a text, or of a list of them, is no text in UTF-8."""
+    texts = {repr(key): value}
+    if isinstance(value, list):
+        texts = {f"{key!r}[{place}]": part for place, part in enumerate(value)}
+    return [
+        f"{name} holds {character}, half of a character; give the whole character"
+        for name, text in texts.items()
+        if isinstance(text, str) and (character := unwritable(text)) is not None
+    ]

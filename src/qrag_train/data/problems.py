@@ -46,6 +46,8 @@ class Problems:
             self.add(where, str(error))
         except KeyError as error:
             self.add(where, f"the field {error} is missing; files without labels cannot be used")
+        except RecursionError as error:
+            self.add(where, f"{beyond_limits(error)}; give the official file")
         except (AttributeError, TypeError, ValueError) as error:
             self.add(where, f"a field has the wrong shape ({error}); give the official file")
 
@@ -80,21 +82,37 @@ class Problems:
         )
 
 
+def unwritable(text: str) -> str | None:
+    r"""The first character of a text that UTF-8 cannot write, as it stands in JSON, if any.
+
+    Example:
+        >>> print(unwritable("broken \ud83d emoji"), unwritable("whole"))
+        \ud83d None
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])[1:-1]
+    return None
+
+
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Number and text of the lines of a UTF-8 file that are not blank.
 
     Raises:
         DatasetError: If the file is missing, unreadable or not UTF-8.
     """
+    number = 0
     try:
-        # Only \n ends a line: JSON strings may hold other line separators as they are.
-        with Path(path).open(encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, start=1):
+        # Bytes, of which only \n ends a line: JSON strings may hold other line separators.
+        with Path(path).open("rb") as file:
+            for number, content in enumerate(file, start=1):
+                line = content.decode("utf-8-sig" if number == 1 else "utf-8")
                 if line.strip():
                     yield number, line
     except UnicodeDecodeError as error:
         raise DatasetError(
-            f"{path} is not UTF-8 (byte {error.start}); convert the file to UTF-8."
+            f"{path} is not UTF-8 in line {number}; convert the file to UTF-8."
         ) from error
     except OSError as error:
         raise DatasetError(
@@ -114,9 +132,18 @@ def read_records(path: str | Path) -> list[Any]:
         raise DatasetError(
             f"{path} is not valid JSON ({error}); give the official file, unpacked."
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise DatasetError(f"{path} {beyond_limits(error)}; give the official file.") from error
     if not isinstance(records, list) or not records:
         raise DatasetError(f"{path} must hold a JSON list of records that is not empty.")
     return records
+
+
+def beyond_limits(error: RecursionError | ValueError) -> str:
+    """What a message says of JSON that is valid, but that Python refuses to read."""
+    if isinstance(error, RecursionError):
+        return "holds lists or objects nested too deep to be read"
+    return "holds a number of too many digits to be read"
 
 
 def record_name(number: int, record: object, key: str) -> str:
