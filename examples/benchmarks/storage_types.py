@@ -1,8 +1,10 @@
 """What storage types of embeddings cost in Fact-EM: the same searches in an index of each type.
 
     python examples/benchmarks/storage_types.py MODEL FILE --format hotpotqa --json OUT
-    python examples/benchmarks/storage_types.py MODEL BABI.txt --format babilong --background BOOKS \
-        --sentences 1200 --json OUT
+    python examples/benchmarks/storage_types.py MODEL BABI.txt --format babilong \
+        --background BOOKS --sentences 1200 --json OUT
+
+Tells for each type how many points it loses and how many trajectories are others.
 """
 
 from __future__ import annotations
