@@ -11,8 +11,9 @@ settings of the first. With ``--last`` the weights at the end of each run count 
 ``--beside`` takes a further model in, such as the one that the package had, with a ``--share`` of
 the mean.
 The threshold is chosen on the last run's own validation questions, or on the sources that
-``--questions`` names, by the compact model, whose weights are a little coarser. Writes the model to
-src/qrag_retriever/models and the trainings' configs, logs and curves to examples/benchmarks/results.
+``--questions`` names, by the compact model, whose weights are a little coarser. Writes the model
+to src/qrag_retriever/models and the trainings' configs, logs and curves to
+examples/benchmarks/results.
 """
 
 from __future__ import annotations
