@@ -88,6 +88,38 @@ def test_what_was_drawn_stays_when_the_reader_fails(tmp_path, monkeypatch):
     assert (tmp_path / "b_length.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_in_the_books_reads_like_a_fact_can_be_left_out(tmp_path, monkeypatch):
+    facts = ["Fred put down the candle there.", "Mary went back to the stable."]
+    others = ["Mary went back to bed again.", "And Mary went to the stable.", "It was dark by now."]
+    assert babilong.facts_in([*facts, *others, *facts]) == facts
+    made = BabiSimulator(2).sample(np.random.default_rng(0)).chunks
+    assert babilong.facts_in(made) == sorted(set(made))
+    books = write_books(tmp_path)
+    text = " ".join([*facts, *others])
+    (books / "book.txt").write_text((books / "book.txt").read_text() + " " + text)
+    seen: list[str] = []
+    hidden = babilong.hide_story
+    monkeypatch.setattr(
+        babilong,
+        "hide_story",
+        lambda story, background, *rest: (
+            seen.extend(background.sentences),
+            hidden(story, background, *rest),
+        )[1],
+    )
+    model, file = save_model(tmp_path, "relative", TEXTS), tmp_path / "b.json"
+    arguments = [
+        *(babilong, model, "--questions", "simulated:1", "--count", 1, "--lengths", 12),
+        *("--background", books, "--json", file),
+    ]
+    for options, expected in (((), set()), (("--without-facts",), set(facts))):
+        file.with_suffix(".journal.jsonl").unlink(missing_ok=True)
+        seen.clear()
+        run(*arguments, *options)
+        assert json.loads(file.read_text())["facts_left_out"] == sorted(expected)
+        assert set(seen) & {*facts, *others} == {*facts, *others} - expected
+
+
 def test_documents_are_the_same_whenever_read():
     background = BackgroundText(SENTENCES)
     options = argparse.Namespace(seed=0, count=3)
