@@ -62,7 +62,7 @@ def main() -> None:
         budget = model.config.max_steps
         beams = search_samples(model, samples, SearchOptions(budget, runners_up=0))
         supports = [sample.support for sample in samples]
-        if len(parts) > 1:
+        if len(parts) > 1 or options.set:
             describe(plain / CONFIG_FILE, options, judge(beams, supports, budget))
         chosen = calibrated(beams, supports, options.keep_em)
         write_threshold(plain, chosen, budget)
@@ -160,16 +160,18 @@ def unpacked(model: Path, target: Path) -> Path:
 
 
 def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -> None:
-    """Say in a model's settings which weights it is the mean of, and how it does."""
+    """Say in a model's settings which weights it is the mean of, if of several, and how it does."""
     config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
     names = [run.name for run in options.runs]
+    parts = [
+        *names,
+        *(f"the end of {name}" for name in names if options.last),
+        *([f"{options.beside.name}, {options.share:g} of the mean"] if options.beside else []),
+    ]
     training = {
         **config.training,
-        "mean_of": [
-            *names,
-            *(f"the end of {name}" for name in names if options.last),
-            *([f"{options.beside.name}, {options.share:g} of the mean"] if options.beside else []),
-        ],
+        **({"mean_of": parts} if len(parts) > 1 else {}),
+        "max_steps": config.max_steps,
         "updates": sum(updates(run, options.last) for run in options.runs),
         "figures": {name: found[name] for name in ("fact_em", "fact_f1")},
     }

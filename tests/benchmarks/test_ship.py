@@ -73,6 +73,26 @@ def test_the_mean_of_two_runs(runs: list[Path], package: Path, tmp_path: Path) -
         assert str(tmp_path) not in (kept / "config.yaml").read_text().splitlines()[0]
 
 
+def test_a_budget_and_questions_of_ones_own(
+    runs: list[Path], package: Path, tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.yaml"
+    source = {"file": str(tmp_path / "hotpot.json"), "format": "hotpotqa", "limit": 2}
+    questions.write_text(json.dumps([source]))
+    run(ship, runs[0], "--name", "ours", "--set", "max_steps=3", "--questions", questions)
+    shipped = QRAGModel.from_pretrained(package / "ours", device="cpu")
+    assert shipped.config.max_steps == 3
+    samples = read_hotpotqa(tmp_path / "hotpot.json")[:2]
+    beams = search_samples(shipped, samples, SearchOptions(3))
+    chosen = choose_threshold(beams, [sample.support for sample in samples])
+    assert shipped.config.q_threshold == pytest.approx(chosen.q_threshold)
+    found = evaluate(shipped, samples, SearchOptions(3))
+    figures = shipped.config.training["figures"]
+    assert figures == pytest.approx({name: found[name] for name in figures})
+    assert "mean_of" not in shipped.config.training
+    assert "3 chunks retrieved for each" in (package / "ours" / "README.md").read_text()
+
+
 def test_the_mean_of_a_runs_best_and_last_weights(
     runs: list[Path], package: Path, tmp_path: Path
 ) -> None:
