@@ -38,7 +38,7 @@ from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
 from qrag_train.evaluation import judge, search_samples
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "src" / "qrag_retriever" / "models"
 LOGS = Path(__file__).parent / "results" / "models"
 _MADE = 200  # questions of a source that makes them up
