@@ -40,7 +40,7 @@ from qrag_train.evaluation import judge, search_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "src" / "qrag_retriever" / "models"
-LOGS = Path(__file__).parent / "results" / "models"
+LOGS = ROOT / "examples" / "benchmarks" / "results" / "models"
 _MADE = 200  # questions of a source that makes them up
 
 

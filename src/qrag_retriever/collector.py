@@ -10,6 +10,8 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qrag_retriever.locks import Lock
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -128,7 +130,7 @@ class Collector:
 
 
 _collectors: weakref.WeakKeyDictionary[QRAGModel, Collector] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_lock = Lock()
 
 
 def collector_of(model: QRAGModel) -> Collector:
@@ -141,8 +143,7 @@ def collector_of(model: QRAGModel) -> Collector:
 
 def _forget() -> None:
     """In a forked child: its parent's threads, and whoever led among them, are not there."""
-    global _lock, _THREADS  # noqa: PLW0603
-    _lock = threading.Lock()
+    global _THREADS  # noqa: PLW0603
     _collectors.clear()
     _THREADS = ThreadPoolExecutor(64, thread_name_prefix="qrag")
 

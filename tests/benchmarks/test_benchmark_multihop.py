@@ -166,11 +166,17 @@ def other_questions(hotpotqa, name):
     return file
 
 
-def test_a_question_that_the_reader_refuses_keeps_no_other_row_back(tmp_path, monkeypatch):
+@pytest.fixture
+def two_sets(tmp_path, monkeypatch):
+    """A model and two data sets of HotpotQA's shape, of which MuSiQue's option reads one."""
     monkeypatch.setattr("time.sleep", lambda _: None)
-    model, hotpotqa = save_model(tmp_path, q_threshold=None), write_hotpotqa(tmp_path)
-    other = other_questions(hotpotqa, "other.json")
     monkeypatch.setitem(multihop.READERS, "MuSiQue", (read_hotpotqa, 2))
+    model, hotpotqa = save_model(tmp_path, q_threshold=None), write_hotpotqa(tmp_path)
+    return model, hotpotqa, other_questions(hotpotqa, "other.json")
+
+
+def test_a_question_that_the_reader_refuses_keeps_no_other_row_back(two_sets, tmp_path):
+    model, hotpotqa, other = two_sets
     file = tmp_path / "m.json"
     arguments = [
         *(model, "--hotpotqa", hotpotqa, "--musique", other, "--beams", 1, "--json", file),
@@ -192,11 +198,8 @@ def test_a_question_that_the_reader_refuses_keeps_no_other_row_back(tmp_path, mo
     ]
 
 
-def test_a_reader_that_is_gone_is_not_asked_for_every_row(tmp_path, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda _: None)
-    model, hotpotqa = save_model(tmp_path, q_threshold=None), write_hotpotqa(tmp_path)
-    other = other_questions(hotpotqa, "other.json")
-    monkeypatch.setitem(multihop.READERS, "MuSiQue", (read_hotpotqa, 2))
+def test_a_reader_that_is_gone_is_not_asked_for_every_row(two_sets, tmp_path):
+    model, hotpotqa, other = two_sets
     file = tmp_path / "m.json"
     arguments = [model, "--beams", 1, "--json", file, "--reader", "tiny", "--musique"]
     with llm_server() as server:
