@@ -30,7 +30,9 @@ class AdaptConfig:
         first_layers: Use the first so many layers only; ``None``: all.
         lora_rank: Train low-rank updates of this rank instead of the weights; 0: the weights.
         gradient_checkpointing: Save memory by computing activations twice.
-        dropout: Dropout where gradients are computed; never in rollouts and targets.
+        dropout: Dropout in the layers that are trained, where gradients are computed; never in
+            rollouts and targets. Attention weights of BERT and its kin are kept whole, so that
+            torch computes attention in its fast way.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -141,9 +143,7 @@ def adapted(model: QRAGModel, config: AdaptConfig) -> QRAGModel:
         transformer: Any = encoder.transformer.model
         if config.first_layers is not None:
             _keep_layers(transformer, config.first_layers)
-        for module in transformer.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = config.dropout
+        _set_dropout(transformer, config.dropout)
         if config.lora_rank:
             _add_lora(transformer, config.lora_rank)
         if config.freeze_word_embeddings:
@@ -161,12 +161,21 @@ def _keep_layers(transformer: Any, count: int) -> None:
     transformer.config.num_hidden_layers = count
 
 
+def _set_dropout(part: nn.Module, probability: float) -> None:
+    """Set the dropout of a part of a transformer, apart from that of attention weights."""
+    for name, module in part.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0 if name.endswith("attention.self.dropout") else probability
+
+
 def _freeze_layers(transformer: Any, count: int) -> None:
-    """Freeze all that comes before the layers, and the first of them."""
+    """Freeze all that comes before the layers, and the first of them; they drop nothing."""
     holder, name = _layers(transformer, freeze_layers=count)
-    getattr(holder, name)[:count].requires_grad_(False)
-    if hasattr(transformer, "embeddings"):
-        transformer.embeddings.requires_grad_(False)
+    frozen = [*getattr(holder, name)[:count], getattr(transformer, "embeddings", None)]
+    for part in frozen:
+        if part is not None:
+            part.requires_grad_(False)
+            _set_dropout(part, 0.0)
 
 
 def _layers(transformer: Any, **asked: int) -> tuple[Any, str]:

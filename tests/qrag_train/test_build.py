@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from tiny import COLOURS, tiny_model
+from torch import nn
 
 from qrag_retriever.errors import ConfigError
 from qrag_train.build import AdaptConfig, adapted, build_module, merge_lora
@@ -53,19 +54,25 @@ def test_what_is_frozen_dropped_and_left_out() -> None:
         transformer = encoder.transformer.model
         assert len(transformer.encoder.layer) == transformer.config.num_hidden_layers == 1
         assert not transformer.get_input_embeddings().weight.requires_grad
-        assert transformer.encoder.layer[0].output.dropout.p == 0.3
+        dropout = {n: m.p for n, m in transformer.named_modules() if isinstance(m, nn.Dropout)}
+        attention = {n for n in dropout if n.endswith("attention.self.dropout")}
+        assert len(attention) == 1
+        assert dropout == {n: 0.0 if n in attention else 0.3 for n in dropout}
     with pytest.raises(ConfigError, match="has 1 layers"):
         adapted(model, AdaptConfig(first_layers=2))
 
 
 def test_frozen_layers_stay_as_they_are() -> None:
     model = build_module(scratch=SMALL, texts=lambda: COLOURS).model
-    adapted(model, AdaptConfig(freeze_layers=1))
+    adapted(model, AdaptConfig(freeze_layers=1, dropout=0.2))
     for encoder in (model.state_encoder, model.action_encoder):
         frozen = {n for n, p in encoder.transformer.model.named_parameters() if not p.requires_grad}
         assert {n for n in frozen if "layer." in n} == {n for n in frozen if "layer.0." in n}
         assert any("layer.0.attention" in n for n in frozen)
         assert any("LayerNorm" in n and n.startswith("embeddings") for n in frozen)
+        hidden = [layer.output.dropout.p for layer in encoder.transformer.model.encoder.layer]
+        assert hidden == [0.0, 0.2]
+        assert encoder.transformer.model.embeddings.dropout.p == 0.0
     with pytest.raises(ConfigError, match="freeze_layers=3, but the encoder has 2 layers"):
         adapted(model, AdaptConfig(freeze_layers=3))
 
