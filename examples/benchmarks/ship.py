@@ -33,10 +33,10 @@ from qrag_retriever import QRAGConfig, QRAGModel, SearchOptions, compact
 from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import Beam
 from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
-from qrag_train.callbacks import LAST_CHECKPOINT
 from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
 from qrag_train.evaluation import judge, search_samples
+from qrag_train.run_folder import RunFolder, model_of
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "src" / "qrag_retriever" / "models"
@@ -48,8 +48,8 @@ def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory() as place:
         plain, small = Path(place, options.name), Path(place, "compact")
-        shutil.copytree(options.runs[0] / "model", plain)
-        parts = [run / "model" for run in options.runs]
+        shutil.copytree(options.runs[0].model, plain)
+        parts = [run.model for run in options.runs]
         if options.last:
             parts += [last_weights(run, Path(place, str(i))) for i, run in enumerate(options.runs)]
         shares = [1 / len(parts)] * len(parts)
@@ -71,14 +71,14 @@ def main() -> None:
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(small, target)
     for run in options.runs:
-        keep_log(run, LOGS / options.name / (run.name if len(options.runs) > 1 else ""))
+        keep_log(run, LOGS / options.name / (run.path.name if len(options.runs) > 1 else ""))
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
     print(f"{options.name}: {size:.1f} MB, {chosen}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of qrag-train fit")
+    parser.add_argument("runs", nargs="+", type=run_folder, help="folders of qrag-train fit")
     parser.add_argument("--name", required=True, help="name of the model in the package")
     parser.add_argument(
         "--last", action="store_true", help="take the mean of each run's best and last weights"
@@ -116,6 +116,10 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def run_folder(text: str) -> RunFolder:
+    return RunFolder(Path(text))
+
+
 def setting(text: str) -> tuple[str, int]:
     name, _, value = text.partition("=")
     return name, int(value)
@@ -140,21 +144,16 @@ def average(folders: Sequence[Path], target: Path, shares: Sequence[float]) -> N
         save_file(means, file, metadata={"format": "pt"})
 
 
-def last_weights(run: Path, target: Path) -> Path:
+def last_weights(run: RunFolder, target: Path) -> Path:
     """Write a model folder with the weights at the end of a run, means over its last updates."""
-    state = torch.load(run / LAST_CHECKPOINT, map_location="cpu", weights_only=False)["state_dict"]
-    model = QRAGModel.from_pretrained(run / "model", device="cpu")
+    state = torch.load(run.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    model = QRAGModel.from_pretrained(run.model, device="cpu")
     averaged = {name: value for name, value in state.items() if name.startswith("averaged.")}
     model.load_state_dict({name.partition(".")[2]: value for name, value in averaged.items()})
     return model.save_pretrained(target)
 
 
-def model_of(path: Path) -> Path:
-    """The folder of a model, or of the model of a run."""
-    return path / "model" if (path / "model").is_dir() else path
-
-
-def unpacked(model: Path, target: Path) -> Path:
+def unpacked(model: str, target: Path) -> Path:
     """Write a model as a plain folder."""
     return QRAGModel.from_pretrained(model, device="cpu").save_pretrained(target)
 
@@ -162,7 +161,7 @@ def unpacked(model: Path, target: Path) -> Path:
 def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -> None:
     """Say in a model's settings which weights it is the mean of, if of several, and how it does."""
     config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
-    names = [run.name for run in options.runs]
+    names = [run.path.name for run in options.runs]
     parts = [
         *names,
         *(f"the end of {name}" for name in names if options.last),
@@ -178,12 +177,11 @@ def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -
     file.write_text(config.replace(training=training).to_json(), encoding="utf-8")
 
 
-def updates(run: Path, last: bool) -> int:
+def updates(run: RunFolder, last: bool) -> int:
     """Updates that a run's best, or last, weights took."""
     if last:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-        return int(config["trainer"]["max_steps"])
-    text = (run / "model" / CONFIG_FILE).read_text(encoding="utf-8")
+        return int(run.settings()["trainer"]["max_steps"])
+    text = (run.model / CONFIG_FILE).read_text(encoding="utf-8")
     return int(QRAGConfig.from_json(text).training.get("updates", 0))
 
 
@@ -198,8 +196,7 @@ def pack(plain: Path, small: Path) -> QRAGModel:
 def questions(options: argparse.Namespace) -> list[SupportSample]:
     """The questions to choose the threshold on: all of a file, some of what is made up."""
     if options.questions is None:
-        config = options.runs[-1] / "config.yaml"
-        sources = yaml.safe_load(config.read_text(encoding="utf-8"))["data"]["val"]
+        sources = options.runs[-1].settings()["data"]["val"]
     else:
         sources = yaml.safe_load(options.questions.read_text(encoding="utf-8"))
     found: list[SupportSample] = []
@@ -219,15 +216,15 @@ def calibrated(
     return choose_threshold(beams, supports, target_em=float(whole) - keep_em)
 
 
-def keep_log(run: Path, target: Path) -> None:
+def keep_log(run: RunFolder, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
-    config = (run / "config.yaml").read_text(encoding="utf-8")
+    config = run.settings_file.read_text(encoding="utf-8")
     # where it ran is nobody's business
-    config = re.sub(r"(?m)^output_dir: .*$", f"output_dir: runs/{run.name}", config)
+    config = re.sub(r"(?m)^output_dir: .*$", f"output_dir: runs/{run.path.name}", config)
     (target / "config.yaml").write_text(config, encoding="utf-8")
-    shutil.copy(run / "curves.png", target)
+    shutil.copy(run.curves, target)
     # a run that was resumed has a log of each part
-    parts = sorted(run.glob("logs/*/metrics.csv"), key=lambda file: file.stat().st_mtime)
+    parts = sorted(run.logs.glob("*/metrics.csv"), key=lambda file: file.stat().st_mtime)
     for number, part in enumerate(parts):
         shutil.copy(part, target / f"metrics_{number}.csv")
 

@@ -9,9 +9,9 @@ import torch
 
 from qrag_retriever.errors import ConfigError
 from qrag_train.build import build_module
-from qrag_train.callbacks import LAST_CHECKPOINT
 from qrag_train.curves import read_curves
-from qrag_train.training import LOGS, run
+from qrag_train.run_folder import RunFolder
+from qrag_train.training import run
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,10 +43,10 @@ def train(
     """
     given = {"output_dir": folder, "trainer.max_steps": updates, **settings}
     arguments = ["fit", *(f"--{name}={value}" for name, value in given.items())]
-    if (folder / LAST_CHECKPOINT).is_file():
+    if RunFolder(folder).checkpoint.is_file():
         arguments.append("--resume")
         _refuse_others(folder, arguments)
-        if _is_finished(folder, updates):
+        if _is_finished(RunFolder(folder), updates):
             return
     run(arguments, build)
 
@@ -72,9 +72,9 @@ def _no_module(**_: Any) -> ValidatedTrainingModule:
 _no_module.__qualname__ = "_no_module"
 
 
-def _is_finished(folder: Path, updates: int) -> bool:
+def _is_finished(folder: RunFolder, updates: int) -> bool:
     """Whether all updates were made, and the model that they led to was judged."""
-    saved = torch.load(folder / LAST_CHECKPOINT, map_location="cpu", mmap=True, weights_only=True)
-    judged = read_curves(folder / LOGS).get("val/fact_em", [(-1, 0.0)])
+    saved = torch.load(folder.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    judged = read_curves(folder.logs).get("val/fact_em", [(-1, 0.0)])
     # updates are counted from 0 there
     return bool(saved["global_step"] == updates and judged[-1][0] >= updates - 1)

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 Criterion = Literal["return", "fact_em"]
 
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 _SHOWN = ("return", "fact_em", "loss", "alpha", "transitions_per_s", "val/fact_em")
 
 

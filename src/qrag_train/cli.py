@@ -18,6 +18,7 @@ from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample
 from qrag_train.data.simulator import OBJECTS, PLACES
 from qrag_train.data.source import Format, SourceConfig
+from qrag_train.run_folder import model_of
 
 # What training.py runs.
 TRAINING_COMMANDS = {
@@ -58,7 +59,7 @@ def evaluate(
     from qrag_train.report import markdown, reports
 
     _refuse_below_one(k=k, beams=beams)
-    file, model = _writable(output), _model_of(model)
+    file, model = _writable(output), model_of(model)
     judged = resolve_model(model)
     rows = []
     for name, samples in read_questions(data, **source).items():
@@ -90,7 +91,7 @@ def calibrate(
     from qrag_train import calibration
 
     _refuse_below_one(k=k)
-    model = _model_of(model)
+    model = model_of(model)
     settings = calibration.model_config(model)  # before a long search
     budget = settings.max_steps if k is None else k
     judged = QRAGModel.from_pretrained(model)
@@ -136,15 +137,6 @@ def _refuse_below_one(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InvalidInputError(f"{name}={count} is not allowed; give at least 1.")
-
-
-def _model_of(name: str) -> str:
-    """The model in the folder of a run; any other name as it is."""
-    from qrag_retriever.model_files import CONFIG_FILE
-
-    folder = Path(name).expanduser()
-    is_run = not (folder / CONFIG_FILE).is_file() and (folder / "model" / CONFIG_FILE).is_file()
-    return str(folder / "model") if is_run else name
 
 
 def _writable(name: str) -> Path:

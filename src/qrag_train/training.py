@@ -19,10 +19,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qrag_retriever.errors import ConfigError
-from qrag_retriever.model_files import is_qrag_model
 from qrag_train.build import build_module
 from qrag_train.callbacks import (
-    LAST_CHECKPOINT,
     AtomicCheckpointIO,
     BestModel,
     Criterion,
@@ -35,6 +33,7 @@ from qrag_train.checks import check_interval, check_run, check_same_config
 from qrag_train.cli import TRAINING_COMMANDS
 from qrag_train.curves import plot_curves
 from qrag_train.data.datamodule import SupportDataModule
+from qrag_train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,12 +44,8 @@ if TYPE_CHECKING:
 
 Preset = Literal["babilong", "hotpotqa", "musique"]
 
-LOGS = "logs"
 _PRESETS = Path(str(resources.files("qrag_train"))) / "presets"
 _INTERRUPTED = 130
-_CONFIG_FILE = "config.yaml"
-# Some of what the settings that `fit` writes always have, and others seldom.
-_OF_A_RUN = {"data", "model", "trainer", "output_dir", "checkpoint_minutes"}
 _MOST_SEED = 2**32 - 1
 # Smaller updates than the paper's, for a small embedder on a CPU.
 _MODEL_DEFAULTS = {
@@ -158,9 +153,9 @@ class TrainingCLI(LightningCLI):
             )
 
     @property
-    def output_dir(self) -> Path:
+    def folder(self) -> RunFolder:
         """Folder of the run."""
-        return Path(self._get(self.config, "output_dir"))
+        return RunFolder(Path(self._get(self.config, "output_dir")))
 
     def before_instantiate_classes(self) -> None:
         """Settle on the run's folder, and refuse what does not fit what is there."""
@@ -176,38 +171,24 @@ class TrainingCLI(LightningCLI):
 
     def _enter(self, config: Any) -> None:
         """Check that the folder is new, or holds the run that is to be resumed."""
-        checkpoint, before = self.output_dir / LAST_CHECKPOINT, self.output_dir / _CONFIG_FILE
         if config.resume:
-            if not checkpoint.is_file() or not before.is_file():
-                raise ConfigError(
-                    f"{self.output_dir} holds no run to resume; leave --resume out, or name the "
-                    "run's folder with --output_dir."
-                )
-            check_same_config(_read(before), yaml.safe_load(self._dump()))
-            config.ckpt_path = str(checkpoint)
+            self.folder.require_run()
+            check_same_config(self.folder.settings(), yaml.safe_load(self._dump()))
+            config.ckpt_path = str(self.folder.checkpoint)
         else:
-            _refuse_used(self.output_dir)
+            rank_zero_only(self.folder.require_unused)()
 
     def _take_model(self, settings: Any) -> None:
         """Judge the best model of the run, and not, unnoticed, what a run would start from."""
-        started = (self.output_dir / _CONFIG_FILE).is_file()
-        if self.model_folder.is_dir():
-            _judge_model(settings, self.model_folder)
-        elif started or (settings.encoder is None and settings.scratch is None):
-            raise ConfigError(
-                f"{self.output_dir} holds no model of a run; name a run that has one "
-                "(--output_dir), or a checkpoint (--ckpt_path), or leave --output_dir out and name "
-                "a model (--model.encoder)."
-            )
+        started = self.folder.settings_file.is_file()
+        if started or (settings.encoder is None and settings.scratch is None):
+            self.folder.require_model()
+        if self.folder.model.is_dir():
+            _judge_model(settings, self.folder.model)
 
     def _dump(self) -> str:
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
         return str(parser.dump(config, skip_none=False))
-
-    @property
-    def model_folder(self) -> Path:
-        """Where the best model is."""
-        return self.output_dir / "model"
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The Trainer with this package's callbacks and logs.
@@ -225,16 +206,16 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             minutes = self._get(self.config, "checkpoint_minutes")
             by = self._get(self.config, "best_by")
-            self.best = BestModel(self.model_folder, self._record(), by)
+            self.best = BestModel(self.folder.model, self._record(), by)
             callbacks += [
                 HardNegatives(),
                 self.best,
-                LastCheckpoint(self.output_dir / LAST_CHECKPOINT, minutes),
+                LastCheckpoint(self.folder.checkpoint, minutes),
             ]
         kwargs |= {
             "callbacks": callbacks,
             "plugins": [*_as_list(given.plugins), AtomicCheckpointIO()],
-            "default_root_dir": self.output_dir,
+            "default_root_dir": self.folder.path,
         }
         if given.logger in (None, True):
             kwargs["logger"] = self._loggers() if self.subcommand == "fit" else False
@@ -248,8 +229,9 @@ class TrainingCLI(LightningCLI):
 
     def _loggers(self) -> list[Logger]:
         """Both in one folder; a resumed run gets the next one."""
-        table = CSVLogger(self.output_dir, name=LOGS)
-        return [table, TensorBoardLogger(self.output_dir, name=LOGS, version=table.version)]
+        logs = self.folder.logs
+        table = CSVLogger(logs.parent, name=logs.name)
+        return [table, TensorBoardLogger(logs.parent, name=logs.name, version=table.version)]
 
     def _record(self) -> dict[str, Any]:
         """What the model says of its training."""
@@ -263,8 +245,8 @@ class TrainingCLI(LightningCLI):
         check_interval(self.trainer.val_check_interval, self.trainer.max_steps)
         if not self._get(self.config, "resume"):
             if self.trainer.is_global_zero:
-                self.output_dir.mkdir(parents=True, exist_ok=True)
-                (self.output_dir / _CONFIG_FILE).write_text(self._dump(), encoding="utf-8")
+                self.folder.path.mkdir(parents=True, exist_ok=True)
+                self.folder.settings_file.write_text(self._dump(), encoding="utf-8")
             self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
 
     def fit(self, **kwargs: Any) -> None:
@@ -276,14 +258,14 @@ class TrainingCLI(LightningCLI):
                 self._draw_curves()
                 print(
                     f"Stopped after update {self.trainer.global_step}; go on with:\n"
-                    f"  qrag-train fit --output_dir {shlex.quote(str(self.output_dir))} --resume"
+                    f"  qrag-train fit --output_dir {shlex.quote(str(self.folder.path))} --resume"
                 )
                 raise SystemExit(_INTERRUPTED) from None
             raise
 
     def _draw_curves(self) -> None:
         if self.trainer.is_global_zero:
-            plot_curves(self.output_dir / LOGS, self.output_dir / "curves.png")
+            plot_curves(self.folder.logs, self.folder.curves)
 
     def after_fit(self) -> None:
         """Judge the last weights, draw the curves and say where all is."""
@@ -292,9 +274,9 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero and (best := self.best.figures):
             self._draw_curves()
             print(
-                f"The best model is in {self.model_folder}: validation return "
+                f"The best model is in {self.folder.model}: validation return "
                 f"{best['return']:.3f}, Fact-EM {best['fact_em']:.3f}.\n"
-                f"Curves, logs and the last checkpoint are in {self.output_dir}."
+                f"Curves, logs and the last checkpoint are in {self.folder.path}."
             )
 
 
@@ -347,7 +329,7 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
         files.append(_PRESETS / f"{known.preset}.yaml")
         place = next(i for i, other in enumerate(others) if other.startswith("--preset"))
         del others[place : place + (1 if "=" in others[place] else 2)]
-    own = known.output_dir and known.output_dir / _CONFIG_FILE
+    own = known.output_dir and RunFolder(known.output_dir).settings_file
     if own and own.is_file() and not known.config and (known.resume or command != "fit"):
         files.append(own)
     return [command, *(f"--config={file}" for file in files), *others]
@@ -367,40 +349,6 @@ def _judge_model(settings: Any, folder: Path) -> None:
     for name in ("scratch", "positions", "max_steps", "settings"):
         settings[name] = None
     settings.adapt.first_layers, settings.adapt.lora_rank = None, 0
-
-
-@rank_zero_only
-def _refuse_used(folder: Path) -> None:
-    """Refuse a folder with a run, or with what is none's and would be lost."""
-    for path in (folder, *folder.parents):
-        if path.is_file():
-            raise ConfigError(f"{path} is a file; name a folder for the run (--output_dir).")
-    if (folder / LAST_CHECKPOINT).is_file():
-        raise ConfigError(
-            f"{folder} holds a run already; go on with it (--resume), or name another folder "
-            "(--output_dir)."
-        )
-    for path, own in ((folder / "model", _is_model), (folder / _CONFIG_FILE, _is_of_a_run)):
-        if path.exists() and not own(path):
-            raise ConfigError(
-                f"{path} is not of a run and is left as it is; name another folder (--output_dir)."
-            )
-
-
-def _is_model(path: Path) -> bool:
-    return path.is_dir() and (is_qrag_model(path) or not any(path.iterdir()))
-
-
-def _is_of_a_run(file: Path) -> bool:
-    try:
-        return _read(file).keys() >= _OF_A_RUN
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-        return False
-
-
-def _read(file: Path) -> dict[str, Any]:
-    settings: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return settings
 
 
 def _as_list(value: Any) -> list[Any]:
