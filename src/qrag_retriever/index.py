@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from typing_extensions import Unpack
@@ -17,8 +17,9 @@ from qrag_retriever.corpus import Corpus
 from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.locks import Lock
+from qrag_retriever.saved_index import SavedIndex, load_again
 from qrag_retriever.snapshot import Snapshot
-from qrag_retriever.storage import IndexContent, generation_of, read_index, write_index
+from qrag_retriever.storage import IndexContent, read_index, write_index
 from qrag_retriever.vectors import (
     StorageType,
     StoredVectors,
@@ -35,25 +36,6 @@ if TYPE_CHECKING:
     from qrag_retriever.search import SearchOptions
 
 __all__ = ["ChunkIndex", "Snapshot"]
-
-
-class _Saved(NamedTuple):
-    """Where an index was saved, the name of that save, and the version of the index then."""
-
-    folder: Path
-    generation: str
-    version: int
-
-
-def _load_again(kind: type[ChunkIndex], saved: _Saved, model: QRAGModel) -> ChunkIndex:
-    """What a pickle of a saved index does when it is read."""
-    index = kind.load(saved.folder, model=model)
-    if index._saved is None or index._saved.generation != saved.generation:  # noqa: SLF001
-        raise IndexFormatError(
-            f"Another index was saved in {saved.folder} since this one was pickled; load that one "
-            "with ChunkIndex.load, or pickle again."
-        )
-    return index
 
 
 class ChunkIndex(Corpus):
@@ -81,6 +63,7 @@ class ChunkIndex(Corpus):
         ann: The kind of FAISS index, or ``"none"``.
         dtype: How embeddings are stored.
         fingerprint: Of the model, when the index was made.
+        saved: Where it was saved or loaded last, if it was.
     """
 
     def __init__(
@@ -93,7 +76,7 @@ class ChunkIndex(Corpus):
         self.dtype: StorageType = dtype
         self.fingerprint = model.fingerprint
         self._lock = Lock()  # held while the index changes
-        self._saved: _Saved | None = None
+        self.saved: SavedIndex | None = None
         nothing = np.empty((0, model.dimension), dtype=np.float32)
         self._snapshot = self._view(MemoryChunks(), StoredVectors.of(nothing, dtype), 0)
 
@@ -317,7 +300,7 @@ class ChunkIndex(Corpus):
             ann=None if ann is None else ann.to_bytes(),
         )
         generation = write_index(Path(path), content)
-        self._saved = _Saved(Path(path).resolve(), generation, snapshot.version)
+        self.saved = SavedIndex(Path(path).resolve(), generation, snapshot.version)
 
     @classmethod
     def load(cls, path: str | Path, *, model: QRAGModel, verify: bool = False) -> ChunkIndex:
@@ -348,7 +331,7 @@ class ChunkIndex(Corpus):
             )
         index = cls(model, ann=content.ann_kind, dtype=content.vectors.dtype)
         index._snapshot = index._view(content.chunks, content.vectors, 0, content.ann)
-        index._saved = _Saved(Path(path).resolve(), content.generation, 0)
+        index.saved = SavedIndex(Path(path).resolve(), content.generation, 0)
         return index
 
     def _in_memory(self) -> MemoryChunks:
@@ -410,12 +393,9 @@ class ChunkIndex(Corpus):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        snapshot = self._snapshot
-        saved = self._saved
-        if saved is not None and saved.version == snapshot.version:
-            folder, generation, _ = saved
-            if generation_of(folder) == generation:  # nobody has saved another one there
-                return functools.partial(_load_again, type(self), model=self.model), (saved,)
+        snapshot, saved = self._snapshot, self.saved
+        if saved is not None and saved.holds(snapshot.version):
+            return functools.partial(load_again, type(self), model=self.model), (saved,)
         make = functools.partial(
             type(self).from_embeddings, model=self.model, ann=self.ann, dtype=self.dtype
         )
