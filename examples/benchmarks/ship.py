@@ -3,13 +3,16 @@
     python examples/benchmarks/ship.py runs/multihop_en_detours --name multihop-en --last \
         --beside runs/multihop_en --share 0.25 --keep-em 0.02 \
         --set max_chunk_tokens=192 max_chunk_tokens_in_state=96 max_state_tokens=512
-    python examples/benchmarks/ship.py runs/babilong_apart --name babilong --set max_steps=6 \
-        --questions examples/configs/babilong_threshold.yaml
+    python examples/benchmarks/ship.py runs/babilong_apart --name babilong --balance \
+        --set max_steps=6 --questions examples/configs/babilong_threshold.yaml
 
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
 settings of the first. With ``--last`` the weights at the end of each run count beside its best, and
 ``--beside`` takes a further model in, such as the one that the package had, with a ``--share`` of
 the mean.
+With ``--balance`` the components of action embeddings are made equally large, which changes no Q
+but keeps more of it in an index of int8; a balanced model is none to be taken in ``--beside`` runs
+that did not start from it.
 The threshold is chosen on the last run's own validation questions, or on the sources that
 ``--questions`` names, by the compact model, whose weights are a little coarser. Writes the model
 to src/qrag_retriever/models and the trainings' configs, logs and curves to
@@ -19,6 +22,7 @@ examples/benchmarks/results.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import shutil
 import tempfile
@@ -32,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from qrag_retriever import QRAGConfig, QRAGModel, SearchOptions, compact
 from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import Beam
+from qrag_train.balance import balance
 from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
 from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
@@ -42,6 +47,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "src" / "qrag_retriever" / "models"
 LOGS = ROOT / "examples" / "benchmarks" / "results" / "models"
 _MADE = 200  # questions of a source that makes them up
+_CHUNKS = 5000  # to balance on
 
 
 def main() -> None:
@@ -58,7 +64,10 @@ def main() -> None:
             shares = [*((1 - options.share) * share for share in shares), options.share]
         average(parts, plain, shares)
         change(plain / CONFIG_FILE, dict(options.set))
-        samples, model = questions(options), pack(plain, small)
+        samples = questions(options)
+        if options.balance:
+            even_out(plain, samples)
+        model = pack(plain, small)
         budget = model.config.max_steps
         beams = search_samples(model, samples, SearchOptions(budget, runners_up=0))
         supports = [sample.support for sample in samples]
@@ -91,6 +100,11 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--share", type=float, default=0.5, help="of the model beside in the mean, from 0 to 1"
+    )
+    parser.add_argument(
+        "--balance",
+        action="store_true",
+        help="make the components of action embeddings equally large",
     )
     parser.add_argument(
         "--keep-em",
@@ -142,6 +156,17 @@ def average(folders: Sequence[Path], target: Path, shares: Sequence[float]) -> N
             for name, tensor in parts[-1].items()
         }
         save_file(means, file, metadata={"format": "pt"})
+
+
+def even_out(folder: Path, samples: Sequence[SupportSample]) -> None:
+    """Balance the weights of a model folder, on the chunks of some questions."""
+    chunks = dict.fromkeys(chunk for sample in samples for chunk in sample.chunks)
+    model = QRAGModel.from_pretrained(folder, device="cpu")
+    balance(model, list(itertools.islice(chunks, _CHUNKS)))
+    with tempfile.TemporaryDirectory() as place:
+        balanced = model.save_pretrained(Path(place, "model"))
+        for file in folder.rglob("*.safetensors"):
+            shutil.copy(balanced / file.relative_to(folder), file)
 
 
 def last_weights(run: RunFolder, target: Path) -> Path:

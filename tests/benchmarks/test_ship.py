@@ -73,6 +73,17 @@ def test_the_mean_of_two_runs(runs: list[Path], package: Path, tmp_path: Path) -
         assert str(tmp_path) not in (kept / "config.yaml").read_text().splitlines()[0]
 
 
+def test_balancing_changes_no_q(runs: list[Path], package: Path) -> None:
+    run(ship, runs[1], "--name", "plain")
+    run(ship, runs[1], "--name", "even", "--balance")
+    plain, even = (QRAGModel.from_pretrained(package / n, device="cpu") for n in ("plain", "even"))
+    states = [(text, []) for text in TEXTS]
+    q = [m.encode_states(states) @ m.encode_actions(TEXTS).T for m in (plain, even)]
+    assert q[1] == pytest.approx(q[0], rel=0.01)
+    assert np.abs(even.encode_actions(TEXTS) - plain.encode_actions(TEXTS)).max() > 0.01
+    assert even.config.q_threshold == pytest.approx(plain.config.q_threshold, rel=0.01)
+
+
 def test_a_budget_and_questions_of_ones_own(
     runs: list[Path], package: Path, tmp_path: Path
 ) -> None:
