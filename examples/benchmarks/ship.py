@@ -1,8 +1,8 @@
 """Make a trained run a model of the package: calibrated, in compact form, with its log.
 
-    python examples/benchmarks/ship.py runs/multihop_en_detours --name multihop-en --last \
-        --beside runs/multihop_en --share 0.25 --keep-em 0.02 \
-        --set max_chunk_tokens=192 max_chunk_tokens_in_state=96 max_state_tokens=512
+    python examples/benchmarks/ship.py runs/multihop_en_further --name multihop-en \
+        --beside multihop-en --share 0.2 --keep-em 0.02 \
+        --set max_chunk_tokens=256 max_chunk_tokens_in_state=128 max_state_tokens=512
     python examples/benchmarks/ship.py runs/babilong_apart --name babilong --balance \
         --set max_steps=6 --questions examples/configs/babilong_threshold.yaml
 
