@@ -70,11 +70,11 @@ def _last_norm(encoder: Encoder) -> nn.Module:
     finally:
         for hook in hooks:
             hook.remove()
-    others = encoder.layers[1:]
-    pools_alone = len(others) == 1 and isinstance(others[0], Pooling)
-    if pools_alone and seen:
+    _, *others = encoder.layers
+    if seen and len(others) == 1 and isinstance(others[0], Pooling):
         norm, output = seen[-1]
-        pooled = others[0]({"token_embeddings": output, "attention_mask": torch.ones(1, len(ids))})
+        mask = torch.ones(1, len(ids), device=output.device)
+        pooled = others[0]({"token_embeddings": output, "attention_mask": mask})
         if torch.equal(pooled["sentence_embedding"] * encoder.scale, vector):
             return norm
     raise ConfigError(
