@@ -16,6 +16,7 @@ from qrag_retriever.chunk_store import MemoryChunks
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
+from qrag_retriever.index_change import IndexChange
 from qrag_retriever.locks import Lock
 from qrag_retriever.saved_index import SavedIndex, load_again
 from qrag_retriever.snapshot import Snapshot
@@ -159,7 +160,9 @@ class ChunkIndex(Corpus):
         index = cls(model, ann=ann, dtype=dtype)
         chunks = to_chunks(items)
         vectors = checked_vectors(embeddings, (len(chunks), model.dimension), "embeddings")
-        index._put(MemoryChunks(), {}, chunks, [], StoredVectors.of(vectors, dtype))
+        new = StoredVectors.of(vectors, dtype)
+        change = IndexChange(chunks)
+        index._publish(*change.applied(MemoryChunks(), index._snapshot.vectors, new))
         return index
 
     def add(
@@ -196,19 +199,10 @@ class ChunkIndex(Corpus):
             chunks = to_chunks(
                 items, metadatas=metadatas, ids=ids, taken=lambda id_: old.find(id_) is not None
             )
-            appended, changed = [], {}
-            for chunk in chunks:
-                row = old.find(chunk.id)
-                if row is None:
-                    appended.append(chunk)
-                elif old[row] != chunk:
-                    changed[row] = chunk
-            reworded = [
-                row for row, chunk in changed.items() if old[row].embed_text != chunk.embed_text
-            ]
-            vectors = self._embed(old, [*(changed[row] for row in reworded), *appended], embedding)
-            if appended or changed:
-                self._put(old, changed, appended, reworded, vectors)
+            change = IndexChange.between(old, chunks)
+            vectors = self._embed(old, change.to_embed, embedding)
+            if change:
+                self._publish(*change.applied(old, self._snapshot.vectors, vectors))
         return [chunk.id for chunk in chunks]
 
     def delete(self, ids: Iterable[str]) -> None:
@@ -348,25 +342,6 @@ class ChunkIndex(Corpus):
                 f"{self.fingerprint} and is {self.model.fingerprint}. Build the index again."
             )
         return embed_new(texts, rows, self._snapshot.vectors, self.model, **embedding)
-
-    def _put(
-        self,
-        old: MemoryChunks,
-        changed: Mapping[int, Chunk],
-        appended: list[Chunk],
-        reworded: list[int],
-        vectors: StoredVectors,
-    ) -> None:
-        """Publish a change; `vectors` are those of the rows in `reworded`, then of `appended`."""
-        chunks, all_vectors = old, self._snapshot.vectors
-        if changed:
-            chunks = MemoryChunks(changed.get(row, chunk) for row, chunk in enumerate(old))
-        if reworded:
-            all_vectors = all_vectors.replaced(reworded, vectors.take(slice(len(reworded))))
-        if appended:
-            chunks = chunks.extended(appended)
-            all_vectors = all_vectors.extended(vectors.take(slice(len(reworded), None)))
-        self._publish(chunks, all_vectors)
 
     def _publish(self, chunks: ChunkSequence, vectors: StoredVectors) -> None:
         self._snapshot = self._view(chunks, vectors, self._snapshot.version + 1)
