@@ -9,7 +9,7 @@ import torch
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
-from qrag_retriever.errors import ConfigError
+from qrag_retriever.errors import ConfigError, InvalidInputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,10 @@ def balance(model: QRAGModel, texts: Sequence[str]) -> None:
     Raises:
         ConfigError: If the model's encoders are one and the same, or do not end with a norm and
             pooling.
+        InvalidInputError: If there are no texts.
     """
+    if not texts:
+        raise InvalidInputError("There are no texts to balance on; give some chunks.")
     states, actions = _last_norm(model.state_encoder), _last_norm(model.action_encoder)
     if states is actions:
         raise ConfigError("Both encoders are one and the same; balance a model that has two.")

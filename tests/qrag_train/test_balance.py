@@ -8,7 +8,7 @@ import torch
 from tiny import COLOURS, THINGS, tiny_model
 
 from qrag_retriever import QRAGModel
-from qrag_retriever.errors import ConfigError
+from qrag_retriever.errors import ConfigError, InvalidInputError
 from qrag_retriever.positions import PositionScheme
 from qrag_retriever.scoring import score
 from qrag_retriever.vectors import StoredVectors
@@ -56,3 +56,5 @@ def test_what_cannot_be_balanced(tmp_path: Path) -> None:
     normalized = tiny_model(tmp_path / "two", normalize=True)
     with pytest.raises(ConfigError, match="does not end with a norm"):
         balance(normalized, TEXTS)
+    with pytest.raises(InvalidInputError, match="no texts"):
+        balance(one, [])
