@@ -163,7 +163,7 @@ def _score_by_piece(
         if parts is not None and steps is not None and isinstance(block, QuantizedRows):
             powers = block.products(edges, parts[run[some]], steps)
         else:
-            powers = _products(block, edges, vectors[run[some]])
+            powers = _products(corpus, block, edges, vectors[run[some]])
         if places is not None:
             powers = powers[places]
         q = powers[:, -1]
@@ -174,7 +174,7 @@ def _score_by_piece(
         scores[:, bounds[0] : bounds[-1]] = q.T
 
 
-def _products(block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
+def _products(corpus: _Corpus, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
     """The product of each row with the vectors of its piece, ``[G, S, P, d]``: ``[L, P, S]``."""
     states, nodes = vectors.shape[1:3]
     columns = vectors.transpose(1, 2).flatten(1, 2)
@@ -182,7 +182,7 @@ def _products(block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
     products = vectors.new_empty(len(block), columns.shape[1])
     # piece by piece: what was just converted is still in the cache when it is multiplied
     for (first, last), c in zip(itertools.pairwise(edges.tolist()), columns, strict=True):
-        torch.mm(block[first:last].float(), c.T, out=products[first:last])
+        torch.mm(corpus.converted(block[first:last]), c.T, out=products[first:last])
     return torch.unflatten(products[:, : nodes * states], 1, (nodes, states))
 
 
@@ -299,6 +299,7 @@ class _Corpus:
         self.actions = actions
         self.rows = rows
         self.n = len(actions) if rows is None else len(rows)
+        self._converted: Tensor | None = None
         quantized = isinstance(actions, QuantizedRows)
         # a GPU multiplies integers in some shapes alone
         self.in_integers = quantized and actions.device.type == "cpu" and multiplies_integers()
@@ -341,7 +342,18 @@ class _Corpus:
         for first in range(0, self.n, block_rows):
             last = min(first + block_rows, self.n)
             block, _, places = self.read(np.array([first, last]))
-            yield slice(first, last), (block if places is None else block[places]).float()
+            yield slice(first, last), self.converted(block if places is None else block[places])
+
+    def converted(self, block: Rows) -> Tensor:
+        """A block in float32, until the next one: all are converted into the same memory."""
+        if isinstance(block, Tensor) and block.dtype == torch.float32:
+            return block
+        if self._converted is None or len(self._converted) < len(block):
+            self._converted = torch.empty(block.shape, device=block.device)
+        result = self._converted[: len(block)]
+        if isinstance(block, QuantizedRows):
+            return torch.mul(block.values, block.scales[:, None], out=result)
+        return result.copy_(block)
 
     def _index(self, rows: NDArray[np.int64]) -> Tensor:
         return torch.tensor(rows, device=self.actions.device)
