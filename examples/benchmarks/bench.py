@@ -349,7 +349,9 @@ def length_options(parser: argparse.ArgumentParser) -> None:
 
 
 def load(path: Path, texts: Iterable[str]) -> Judged:
-    """A model, or that of a run of qrag-train; a run gives its name to its model."""
+    """A model of the package by its name, of a folder or of a run, which names its model."""
+    if not path.exists():  # a name, as of a packaged model
+        return Judged(path.name, QRAGModel.from_pretrained(str(path)), texts)
     path = path.resolve()
     folder = path / "model" if (path / "model").is_dir() else path
     name = folder.parent.name if folder.name == "model" else folder.name
