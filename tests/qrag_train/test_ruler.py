@@ -207,12 +207,21 @@ def test_squad(tmp_path: Path):
     assert samples[2] == SupportSample("1-0", "What is 1?", chunks, (1,), "a1")
     assert samples[5].chunks == ("It is 2.",)
     wrong = tmp_path / "wrong.json"
-    wrong.write_text("[1]")
-    with pytest.raises(DatasetError, match="not in SQuAD's shape"):
-        read_squad(wrong)
+    for content in ["[1]", "{}", '{"data": 5}']:
+        wrong.write_text(content)
+        with pytest.raises(DatasetError, match="not in SQuAD's shape"):
+            read_squad(wrong)
     wrong.write_text('{"data": [{"paragraphs": [{"context": "x"}]}]}')
     with pytest.raises(DatasetError, match="article 0: the field 'qas' is missing"):
         read_squad(wrong)
+    for content, message in [
+        ("{", "not valid JSON"),
+        ('{"data": ' + "9" * 5000 + "}", "digits"),
+        ("[" * 100_000, "deep|nested"),
+    ]:
+        wrong.write_text(content)
+        with pytest.raises(DatasetError, match=message):
+            read_squad(wrong)
 
 
 def test_as_a_source_of_training_and_evaluation(tmp_path: Path):

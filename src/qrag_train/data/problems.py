@@ -120,20 +120,29 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         ) from error
 
 
-def read_records(path: str | Path) -> list[Any]:
-    """The list in a JSON file that holds one list.
+def read_json(path: str | Path) -> Any:
+    """What a JSON file holds.
 
     Raises:
-        DatasetError: If the file cannot be read, is no JSON, or holds no list.
+        DatasetError: If the file cannot be read or is no JSON.
     """
     try:
-        records = json.loads("".join(line for _, line in read_lines(path)))
+        return json.loads("".join(line for _, line in read_lines(path)))
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{path} is not valid JSON ({error}); give the official file, unpacked."
         ) from error
     except (RecursionError, ValueError) as error:
         raise DatasetError(f"{path} {beyond_limits(error)}; give the official file.") from error
+
+
+def read_records(path: str | Path) -> list[Any]:
+    """The list in a JSON file that holds one list.
+
+    Raises:
+        DatasetError: If the file cannot be read, is no JSON, or holds no list.
+    """
+    records = read_json(path)
     if not isinstance(records, list) or not records:
         raise DatasetError(f"{path} must hold a JSON list of records that is not empty.")
     return records

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from qrag_retriever.errors import DatasetError
 from qrag_train.data.passages import passage
-from qrag_train.data.problems import Problems, read_lines
+from qrag_train.data.problems import Problems, read_json
 from qrag_train.data.sample import SampleList, SupportSample
 
 
@@ -26,12 +25,12 @@ def read_squad(path: str | Path) -> SampleList:
     Raises:
         DatasetError: If the file cannot be read or is not as described; names the articles.
     """
-    try:
-        articles = json.loads("".join(line for _, line in read_lines(path)))["data"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    content = read_json(path)
+    articles = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(articles, list):
         raise DatasetError(
-            f"{path} is not in SQuAD's shape ({error!r}); give the official file, unpacked."
-        ) from error
+            f"{path} is not in SQuAD's shape (no list 'data'); give the official file, unpacked."
+        )
     problems = Problems(path)
     samples = []
     for number, article in enumerate(articles):
