@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -10,12 +11,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from typing_extensions import Self, TypedDict, Unpack
 
 from qrag_retriever.constructors import Constructors, resolve_aliases
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
-from qrag_retriever.errors import IndexFormatError, InvalidInputError, ModelFormatError
+from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel, resolve_model
 from qrag_retriever.search import SearchOptions
@@ -29,6 +31,10 @@ SEARCH_SETTINGS = ("k", "q_threshold", "beams", "temperature", "seed", "chunks_p
 _SELECTION = ("filter", "exclude_ids", "keep_q_values")
 _PER_CALL = (*SEARCH_SETTINGS, "runners_up", *_SELECTION)
 _SETTINGS_FILE = "retriever.json"
+# further ones that some classes have and a saved retriever keeps
+_EXTRA_SETTINGS = ("score_key", "verbose")
+# entry of that file: whether the model is in the folder
+_HAS_MODEL = "has_model"
 
 
 class SearchOverrides(TypedDict, total=False):
@@ -181,18 +187,31 @@ class RetrieverAdapter(Constructors):
         Args:
             folder_path: The folder; what `save_local` wrote there before is replaced.
             include_model: Write the model too, so that `load_local` needs nothing else; otherwise
-                another one that `save_local` wrote there before goes.
+                another one that `save_local` wrote there before goes. Where this model is there
+                already, it stays.
+
+        Raises:
+            InvalidInputError: If the folder holds something else under one of these names, or the
+                index cannot be saved. Nothing has changed then.
+            OSError: If the folder cannot be written to, or the disk is full. Likewise.
         """
         folder = Path(folder_path).expanduser()
-        self.index.save(folder / "index")
-        if include_model:
-            self.model.save_pretrained(folder / "model")
-        elif (folder / "model").is_dir() and not _is_model(folder / "model", self.model):
-            shutil.rmtree(folder / "model")
-        settings = self._search_settings()
+        target, settings = folder / "model", folder / _SETTINGS_FILE
+        there = _is_model(target, self.model)
+        outdated = not there and not include_model and _wrote_model(settings)
+        saved = {**self._search_settings(), **self._extra_settings()}
+        text = json.dumps(
+            {**saved, _HAS_MODEL: include_model or there}, indent=2, default=np.generic.item
+        )
+        # a corpus that cannot be saved says so before anything is written
+        write_model = include_model and not there and isinstance(self.index, ChunkIndex)
+        with self.model.saving(target) if write_model else contextlib.nullcontext():
+            self.index.save(folder / "index")
         new = folder / f".{_SETTINGS_FILE}.new"
-        new.write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        os.replace(new, folder / _SETTINGS_FILE)  # noqa: PTH105 (atomic on every platform)
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, settings)  # noqa: PTH105 (atomic on every platform)
+        if outdated:
+            target.unlink() if target.is_symlink() else shutil.rmtree(target, ignore_errors=True)
 
     @classmethod
     def load_local(
@@ -214,9 +233,12 @@ class RetrieverAdapter(Constructors):
         """
         folder = Path(folder_path).expanduser()
         saved = _read_settings(folder / _SETTINGS_FILE)
+        has_model = saved.pop(_HAS_MODEL, True) and (folder / "model").is_dir()
+        for name in set(_EXTRA_SETTINGS) - set(cls._extra_names()):
+            saved.pop(name, None)  # of the other framework
         settings = resolve_aliases({"model": model, **settings})
         given = settings.pop("model")
-        if given is None and not (folder / "model").is_dir():
+        if given is None and not has_model:
             raise IndexFormatError(
                 f"There is no model in {folder}; give model=, the one the index was made with."
             )
@@ -244,6 +266,14 @@ class RetrieverAdapter(Constructors):
     def _search_settings(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in SEARCH_SETTINGS}
 
+    @classmethod
+    def _extra_names(cls) -> list[str]:
+        """Which of `_EXTRA_SETTINGS` the class has."""
+        return [name for name in _EXTRA_SETTINGS if name in getattr(cls, "model_fields", ())]
+
+    def _extra_settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._extra_names()}
+
     def _call_settings(self, overrides: Mapping[str, Any]) -> tuple[SearchOptions, dict[str, Any]]:
         given = resolve_aliases(overrides)
         unknown = sorted(set(given) - set(_PER_CALL))
@@ -257,13 +287,24 @@ class RetrieverAdapter(Constructors):
         return SearchOptions(**{**self._search_settings(), **given}), selection
 
 
-def _is_model(folder: Path, model: QRAGModel) -> bool:
-    """Whether a folder holds this very model."""
+def _wrote_model(settings: Path) -> bool:
+    """Whether the last `save_local` left a model beside its settings."""
     try:
-        there = QRAGModel.from_pretrained(folder, device="cpu")
-    except ModelFormatError:
+        return bool(_read_settings(settings).get(_HAS_MODEL))
+    except IndexFormatError:
         return False
-    return there.config == model.config and all(
+
+
+def _is_model(folder: Path, model: QRAGModel) -> bool:
+    """Whether a folder holds this very model, or the full weights that it was rounded from."""
+    try:
+        there = QRAGModel.from_pretrained(folder, device="cpu") if folder.is_dir() else None
+    except QRAGError:
+        return False
+    if there is None or there.config != model.config or there.fingerprint != model.fingerprint:
+        return False
+    there.to(next(model.parameters()).dtype)
+    return all(
         one.digest() == other.digest()
         for one, other in (
             (there.state_encoder, model.state_encoder),

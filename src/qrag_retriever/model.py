@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,8 @@ from qrag_retriever.errors import ConfigError, InvalidInputError, TruncationWarn
 from qrag_retriever.state import StateLayout, check_chunks, check_query
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -144,6 +147,9 @@ class QRAGModel(nn.Module):
         folder = model_files.find(path, revision, token, local_files_only=local_files_only)
         config, states, actions = model_files.load(folder, trust_remote_code=trust_remote_code)
         model = cls(Encoder(states, config.scale), Encoder(actions, config.scale), config)
+        names = model_files.read_names(folder)
+        if names is not None and names.weights == model.fingerprint:
+            model._kept_fingerprint = names.fingerprint
         return model.place(device, dtype, backend)
 
     def save_pretrained(self, path: str | Path, *, compact: bool = False) -> Path:
@@ -163,7 +169,18 @@ class QRAGModel(nn.Module):
         Raises:
             InvalidInputError: If the folder holds something other than a Q-RAG model.
         """
-        return model_files.save(self.sentence_transformer(), self.config, Path(path), compact)
+        with self.saving(path, compact=compact):
+            return Path(path).expanduser()
+
+    @contextmanager
+    def saving(self, path: str | Path, *, compact: bool = False) -> Iterator[None]:
+        """As `save_pretrained`; the folder takes its place when the block ends, or never.
+
+        For what is saved together with a model: if that fails in the block, nothing has changed.
+        """
+        encoders, names = self.sentence_transformer(), self._names()
+        with model_files.saving(encoders, self.config, Path(path), compact, names):
+            yield
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the model to the model hub.
@@ -176,7 +193,8 @@ class QRAGModel(nn.Module):
         Returns:
             Address of the commit.
         """
-        return model_files.push(self.sentence_transformer(), self.config, repo_id, private, token)
+        encoders, names = self.sentence_transformer(), self._names()
+        return model_files.push(encoders, self.config, repo_id, private, token, names)
 
     def sentence_transformer(self) -> SentenceTransformer:
         """The two encoders as one Sentence-Transformers model with a query and a document route."""
@@ -226,8 +244,9 @@ class QRAGModel(nn.Module):
         The state encoder and the positions do not enter: they may change without embedding the
         chunks again.
         """
-        if self._kept_fingerprint is not None:
-            return self._kept_fingerprint
+        return self._kept_fingerprint or self._own_fingerprint()
+
+    def _own_fingerprint(self) -> str:
         config = self.config
         return self.action_encoder.digest(
             prompt=config.chunk_prompt, scale=config.scale, limit=self._chunk_limit
@@ -349,6 +368,11 @@ class QRAGModel(nn.Module):
             self.state_encoder.use("torch")
             self.action_encoder.use("torch")
         return super().train(mode)
+
+    def _names(self) -> model_files.Names | None:
+        if self._kept_fingerprint is None:
+            return None
+        return model_files.Names(self._own_fingerprint(), self._kept_fingerprint)
 
     @property
     def _chunk_limit(self) -> int:

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG_FILE = "qrag_config.json"
+_NAMES_FILE = "fingerprint.json"
 
 # The model that a retriever takes if none is named: one of those that come with the package.
 DEFAULT_MODEL = "multihop-en"
@@ -77,6 +78,18 @@ encoder, `encode_document` the action encoder.
 {settings}
 ```
 """
+
+
+class Names(NamedTuple):
+    """What weights in half precision are called, so that indexes of the full ones stay theirs.
+
+    Attributes:
+        weights: Fingerprint that the weights have by themselves.
+        fingerprint: That of the full weights they were rounded from.
+    """
+
+    weights: str
+    fingerprint: str
 
 
 def default_device() -> str:
@@ -221,10 +234,24 @@ def load(
         ) from error
 
 
-def save(
-    model: SentenceTransformer, config: QRAGConfig, folder: Path, compactly: bool = False
-) -> Path:
-    """Write a model folder: beside the target first, then put in its place.
+@contextmanager
+def saving(
+    model: SentenceTransformer,
+    config: QRAGConfig,
+    folder: Path,
+    compactly: bool = False,
+    names: Names | None = None,
+) -> Iterator[None]:
+    """Write a model folder beside the target; the end of the block puts it in its place.
+
+    So what belongs with the model can be written in the block: if that fails, all stays as it was.
+
+    Args:
+        model: The encoders.
+        config: Settings.
+        folder: The target.
+        compactly: Write the compact form.
+        names: Of weights in half precision, see `Names`.
 
     Raises:
         InvalidInputError: If the target holds something other than a Q-RAG model.
@@ -241,8 +268,8 @@ def save(
                 _write(model, config, Path(plain), name=folder.name)
                 compact.pack(Path(plain), new)
         else:
-            _write(model, config, new, name=folder.name)
-    return folder
+            _write(model, config, new, name=folder.name, names=names)
+        yield
 
 
 @contextmanager
@@ -268,22 +295,53 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 
 def push(
-    model: SentenceTransformer, config: QRAGConfig, repo_id: str, private: bool, token: str | None
+    model: SentenceTransformer,
+    config: QRAGConfig,
+    repo_id: str,
+    private: bool,
+    token: str | None,
+    names: Names | None = None,
 ) -> str:
     """Upload a model folder to the hub and return the commit's address."""
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
-        _write(model, config, Path(folder), name=repository.repo_id)
+        _write(model, config, Path(folder), name=repository.repo_id, names=names)
         commit = api.upload_folder(
             repo_id=repository.repo_id, folder_path=folder, commit_message="Upload Q-RAG model"
         )
     return str(commit.commit_url)
 
 
-def _write(model: SentenceTransformer, config: QRAGConfig, folder: Path, name: str) -> None:
+def read_names(folder: Path) -> Names | None:
+    """What `saving` wrote of weights in half precision; ``None`` for others.
+
+    Raises:
+        ModelFormatError: If the file is damaged.
+    """
+    file = folder / _NAMES_FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return Names(str(values["weights"]), str(values["fingerprint"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFormatError(
+            f"{file} is damaged ({error!r}). Copy or download the model again."
+        ) from error
+
+
+def _write(
+    model: SentenceTransformer,
+    config: QRAGConfig,
+    folder: Path,
+    name: str,
+    names: Names | None = None,
+) -> None:
     model.save_pretrained(str(folder), create_model_card=False)
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    if names is not None:
+        (folder / _NAMES_FILE).write_text(json.dumps(names._asdict(), indent=2), encoding="utf-8")
     card = _CARD.format(name=name, settings=config.to_json())
     (folder / "README.md").write_text(card, encoding="utf-8")
     for file in folder.rglob("*"):

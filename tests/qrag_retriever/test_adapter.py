@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from corpus import (
@@ -21,7 +22,8 @@ from corpus import (
 )
 from langchain_core.documents import Document
 
-from qrag_retriever import langchain, llama_index, model_files
+from qrag_retriever import QRAGModel, QRAGRetriever, langchain, llama_index, model_files
+from qrag_retriever import index as index_module
 from qrag_retriever.adapter import resolve_aliases
 from qrag_retriever.errors import (
     FingerprintMismatchError,
@@ -260,6 +262,89 @@ def test_saving_without_the_model_leaves_no_other_one(tmp_path):
         langchain.QRAGRetriever.load_local(tmp_path)
 
 
+@either
+def test_a_model_folder_of_someone_else_stays(kind, tmp_path):
+    for content in (b"thesis", None):  # a file, or a model that save_local did not write
+        folder = tmp_path / f"{content}"
+        if content is None:
+            make_model(scale=0.25).save_pretrained(folder / "model")
+        else:
+            (folder / "model").mkdir(parents=True)
+            (folder / "model" / "mine.txt").write_bytes(content)
+        before = {f: f.read_bytes() for f in (folder / "model").rglob("*") if f.is_file()}
+        make(kind).save_local(folder, include_model=False)
+        assert {f: f.read_bytes() for f in (folder / "model").rglob("*") if f.is_file()} == before
+        with pytest.raises(IndexFormatError, match="give model="):
+            kind.load_local(folder)
+        assert kind.load_local(folder, model=MODEL).search(QUERY) == make(kind).search(QUERY)
+
+
+@either
+def test_a_save_that_fails_changes_nothing(kind, tmp_path, monkeypatch):
+    make(kind).save_local(tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    other = kind(index=make_index(make_model(scale=0.25)))
+
+    def disk_full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for module, name in ((model_files, "_write"), (index_module, "write_index")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, disk_full)
+            with pytest.raises(OSError, match="No space"):
+                other.save_local(tmp_path)
+        assert {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()} == before
+    assert kind.load_local(tmp_path).search(QUERY) == make(kind).search(QUERY)
+    other.save_local(tmp_path)
+    assert kind.load_local(tmp_path).search(QUERY) == other.search(QUERY)
+
+
+def test_a_foreign_model_folder_is_refused_before_the_index_is_written(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.txt").write_text("mine")
+    with pytest.raises(InvalidInputError, match="left as it is"):
+        make().save_local(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+@either
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_saved_and_loaded(kind, dtype, tmp_path):
+    rounded = model_in(dtype, model_copy_in(tmp_path / "full", "relative"))
+    retriever = kind(index=make_index(rounded))
+    for _ in range(2):
+        retriever.save_local(tmp_path / "rounded")
+        loaded = kind.load_local(tmp_path / "rounded")
+        assert loaded.search(QUERY).chunk_ids == retriever.search(QUERY).chunk_ids
+        assert loaded.model.fingerprint == rounded.fingerprint == MODEL.fingerprint
+    # full weights that are there stay, and serve both precisions
+    make(kind).save_local(tmp_path / "own")
+    weights = {f: f.read_bytes() for f in (tmp_path / "own" / "model").rglob("*.safetensors")}
+    model = model_in(dtype, tmp_path / "own" / "model")
+    retriever = kind.load_local(tmp_path / "own", model=model)
+    retriever.add_texts(["Sandra took the milk."])
+    for include_model in (True, False):
+        retriever.save_local(tmp_path / "own", include_model=include_model)
+        assert {file: file.read_bytes() for file in weights} == weights
+        assert len(kind.load_local(tmp_path / "own").index) == len(IDS) + 1
+
+
+def model_in(dtype, folder):
+    return QRAGModel.from_pretrained(folder, dtype=dtype, device="cpu")
+
+
+def test_what_one_framework_alone_knows_is_saved_too(tmp_path):
+    both = QRAGRetriever(index=make_index(), score_key="q", verbose=True, k=np.int64(2))
+    both.save_local(tmp_path)
+    loaded = QRAGRetriever.load_local(tmp_path)
+    assert (loaded.score_key, loaded.verbose, loaded.k) == ("q", True, 2)
+    assert langchain.QRAGRetriever.load_local(tmp_path).score_key == "q"
+    assert llama_index.QRAGRetriever.load_local(tmp_path).k == 2
+    numbers = {"similarity_top_k": np.int64(2), "q_threshold": np.float32(0.5)}
+    llama_index.QRAGRetriever(index=make_index(), **numbers).persist(tmp_path)
+    assert llama_index.QRAGRetriever.from_persist_dir(tmp_path).q_threshold == 0.5
+
+
 @pytest.mark.parametrize("ids", ["one", 3, [3], [[]]])
 def test_ids_to_leave_out_are_texts(ids):
     with pytest.raises(InvalidInputError, match="exclude_ids="):
@@ -304,7 +389,7 @@ def test_settings_of_another_version(tmp_path):
     make(k=4).save_local(tmp_path)
     file = tmp_path / "retriever.json"
     saved = json.loads(file.read_text())
-    assert saved.keys() == SETTINGS.keys()
+    assert saved.keys() == {*SETTINGS, "score_key", "has_model"}
     file.write_text(json.dumps({"k": 4}))
     assert langchain.QRAGRetriever.load_local(tmp_path).k == 4
     file.write_text(json.dumps({**saved, "from_the_future": 1}))
