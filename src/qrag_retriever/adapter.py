@@ -276,6 +276,8 @@ class RetrieverAdapter(Constructors):
 
     def _call_settings(self, overrides: Mapping[str, Any]) -> tuple[SearchOptions, dict[str, Any]]:
         given = resolve_aliases(overrides)
+        if "filters" in overrides:  # None, too, takes the place of the retriever's own
+            given.setdefault("filter", overrides["filters"])
         unknown = sorted(set(given) - set(_PER_CALL))
         if unknown:
             raise InvalidInputError(

@@ -96,14 +96,16 @@ class SnapshotCandidates:
         self.excluded = self._numbers([snapshot.row_of(chunk_id) for chunk_id in exclude_ids])
         # what an approximate index is asked for besides the chunks already retrieved
         self._spare = len(self.excluded) + options.breadth
+        # a draw may take any chunk
+        self._ann = None if options.temperature is not None else snapshot.ann
         self._actions = snapshot.vectors.tensor()
 
     def score(
         self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
     ) -> NDArray[np.float32]:
         """See `Candidates`."""
-        if self.snapshot.ann is not None:
-            return self._score_nearest(self.snapshot.ann, states, retrieved)
+        if self._ann is not None:
+            return self._score_nearest(self._ann, states, retrieved)
         return score(
             torch.from_numpy(states),
             self._actions,

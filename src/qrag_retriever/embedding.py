@@ -122,9 +122,10 @@ def embed(
         return _stored(vectors, texts, model, dtype)
     files: list[Path | None] = [None] * len(parts)
     if checkpoint:
-        Path(checkpoint).mkdir(parents=True, exist_ok=True)
+        folder = Path(checkpoint).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
         fingerprint = model.fingerprint
-        files = [Path(checkpoint) / _name(part, fingerprint, dtype) for part in parts]
+        files = [folder / _name(part, fingerprint, dtype) for part in parts]
     there = [file is not None and file.exists() for file in files]
     missing = [part for part, found in zip(parts, there, strict=True) if not found]
 
@@ -163,6 +164,14 @@ def _encoded(
         return
     import torch
 
+    try:
+        for device in devices:
+            torch.empty(0, device=device)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise InvalidInputError(
+            f"devices={list(devices)!r}: {device!r} cannot be used here ({error}); give names such "
+            "as 'cuda:0' or 'cpu'."
+        ) from error
     context = multiprocessing.get_context("spawn")  # a fork would share the GPU and the threads
     free = context.SimpleQueue()
     for device in devices:

@@ -222,6 +222,11 @@ class Encoder(nn.Module):
             digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    @property
+    def version(self) -> int:
+        """A number that grows whenever weights change; torch counts that."""
+        return sum(weight._version for weight in self.parameters())  # noqa: SLF001
+
     def batches(
         self, inputs: Sequence[TokenIds], batch_tokens: int | None = None
     ) -> Iterator[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from qrag_retriever.collector import collector_of
 from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qrag_retriever.config import QRAGConfig
     from qrag_retriever.corpus import Corpus
     from qrag_retriever.model import QRAGModel
 
@@ -35,10 +37,10 @@ class MultiStepRetriever:
     """
 
     def __init__(self, model: QRAGModel, index: Corpus) -> None:
-        if model is not index.model and model.fingerprint != index.fingerprint:
+        if model is not index.model and _fingerprint(model) != index.fingerprint:
             raise FingerprintMismatchError(
                 f"The index was made by the model {index.fingerprint[:12]}…, the model given is "
-                f"{model.fingerprint[:12]}…. Search with the model that made the index, or make "
+                f"{_fingerprint(model)[:12]}…. Search with the model that made the index, or make "
                 "the index again."
             )
         self.model = model
@@ -91,7 +93,7 @@ class MultiStepRetriever:
             if on_step is not None:
                 for number, step in run.new_steps():
                     on_step(number, step)
-        return [run.trajectory(number) for number in range(len(queries))]
+        return [run.trajectory(number) for number in range(len(run.queries))]
 
     def stream(self, query: str, options: SearchOptions, **selection: Any) -> Iterator[Step]:
         """The steps of one search as they are taken; see `stream_batch`."""
@@ -108,6 +110,19 @@ class MultiStepRetriever:
         run = _Run(self.model, self.index, queries, options, **selection)
         while run.advance():
             yield from run.new_steps()
+
+
+# of models that are not their index's own: version and settings, and the fingerprint then
+_fingerprints: WeakKeyDictionary[QRAGModel, tuple[int, QRAGConfig, str]] = WeakKeyDictionary()
+
+
+def _fingerprint(model: QRAGModel) -> str:
+    """A model's fingerprint, computed again only when weights or settings have changed."""
+    version, config = model.action_encoder.version, model.config
+    known = _fingerprints.get(model)
+    if known is None or known[:2] != (version, config):
+        known = _fingerprints[model] = (version, config, model.fingerprint)
+    return known[2]
 
 
 def _checked_ids(ids: Collection[str] | None) -> list[str]:
@@ -136,6 +151,7 @@ class _Run:
     ) -> None:
         if isinstance(queries, str):
             raise InvalidInputError("Give a list of queries; for one, use search or invoke.")
+        queries = list(queries)
         for query in queries:
             check_query(query)
         exclude_ids = _checked_ids(exclude_ids)

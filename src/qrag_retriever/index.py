@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from typing_extensions import Unpack
@@ -18,6 +18,7 @@ from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.index_change import IndexChange
 from qrag_retriever.locks import Lock
+from qrag_retriever.model import resolve_model
 from qrag_retriever.saved_index import SavedIndex, load_again
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.storage import IndexContent, read_index, write_index
@@ -48,7 +49,8 @@ class ChunkIndex(Corpus):
     that is as it was saved names the folder; any other holds the whole corpus. Both hold the model.
 
     Args:
-        model: Embeds the chunks; an index belongs to one model.
+        model: Embeds the chunks; an index belongs to one model. A `QRAGModel`, or folder or hub
+            name of one, or of any embedder to use untrained; ``None``: multihop-en.
         ann: ``"none"``: every search looks at every chunk; ``"flat"``, ``"hnsw"`` or ``"ivfpq"``:
             a FAISS index proposes candidates, for models without positions only. It is built when
             first needed, and again after a change.
@@ -60,7 +62,7 @@ class ChunkIndex(Corpus):
         InvalidInputError: If ``dtype`` is unknown.
 
     Attributes:
-        model: The model given.
+        model: The model.
         ann: The kind of FAISS index, or ``"none"``.
         dtype: How embeddings are stored.
         fingerprint: Of the model, when the index was made.
@@ -68,8 +70,13 @@ class ChunkIndex(Corpus):
     """
 
     def __init__(
-        self, model: QRAGModel, *, ann: AnnKind = "none", dtype: StorageType = "float32"
+        self,
+        model: QRAGModel | str | Path | None = None,
+        *,
+        ann: AnnKind = "none",
+        dtype: StorageType = "float32",
     ) -> None:
+        model = _embedder(model)
         check_ann(ann, model.config)
         check_storage_type(dtype)
         self.model = model
@@ -88,7 +95,7 @@ class ChunkIndex(Corpus):
         metadatas: Iterable[Mapping[str, Any] | None] | None = None,
         ids: Iterable[str | None] | None = None,
         *,
-        model: QRAGModel,
+        model: QRAGModel | str | Path | None = None,
         ann: AnnKind = "none",
         dtype: StorageType = "float32",
         **embedding: Unpack[Embedding],
@@ -99,7 +106,7 @@ class ChunkIndex(Corpus):
             texts: The chunks in document order; equal texts are all kept and embedded once.
             metadatas: One mapping per text, for filters.
             ids: One id per text; by default made from the text, the same in every run.
-            model: Embeds the chunks.
+            model: See the class.
             ann: See the class.
             dtype: See the class.
             **embedding: ``show_progress``, ``devices`` and ``checkpoint``, see `Embedding`.
@@ -117,7 +124,7 @@ class ChunkIndex(Corpus):
         cls,
         items: Iterable[object],
         *,
-        model: QRAGModel,
+        model: QRAGModel | str | Path | None = None,
         ann: AnnKind = "none",
         dtype: StorageType = "float32",
         **embedding: Unpack[Embedding],
@@ -140,7 +147,7 @@ class ChunkIndex(Corpus):
         items: Iterable[object],
         embeddings: NDArray[Any],
         *,
-        model: QRAGModel,
+        model: QRAGModel | str | Path | None = None,
         ann: AnnKind = "none",
         dtype: StorageType = "float32",
     ) -> ChunkIndex:
@@ -159,7 +166,7 @@ class ChunkIndex(Corpus):
         """
         index = cls(model, ann=ann, dtype=dtype)
         chunks = to_chunks(items)
-        vectors = checked_vectors(embeddings, (len(chunks), model.dimension), "embeddings")
+        vectors = checked_vectors(embeddings, (len(chunks), index.model.dimension), "embeddings")
         new = StoredVectors.of(vectors, dtype)
         change = IndexChange(chunks)
         index._publish(*change.applied(MemoryChunks(), index._snapshot.vectors, new))
@@ -293,11 +300,18 @@ class ChunkIndex(Corpus):
             ann_kind=self.ann,
             ann=None if ann is None else ann.to_bytes(),
         )
-        generation = write_index(Path(path), content)
-        self.saved = SavedIndex(Path(path).resolve(), generation, snapshot.version)
+        folder = Path(path).expanduser()
+        generation = write_index(folder, content)
+        self.saved = SavedIndex(folder.resolve(), generation, snapshot.version)
 
     @classmethod
-    def load(cls, path: str | Path, *, model: QRAGModel, verify: bool = False) -> ChunkIndex:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        model: QRAGModel | str | Path | None = None,
+        verify: bool = False,
+    ) -> ChunkIndex:
         """Open a saved index. Texts are read and embeddings mapped when they are needed.
 
         Args:
@@ -310,7 +324,8 @@ class ChunkIndex(Corpus):
             IndexFormatError: If there is no index, or it is damaged or of another version.
             FingerprintMismatchError: If another model made it.
         """
-        content = read_index(Path(path), verify=verify)
+        path, model = Path(path).expanduser(), _embedder(model)
+        content = read_index(path, verify=verify)
         if content.fingerprint != model.fingerprint:
             raise FingerprintMismatchError(
                 f"The index in {path} was made by the model with fingerprint "
@@ -325,7 +340,7 @@ class ChunkIndex(Corpus):
             )
         index = cls(model, ann=content.ann_kind, dtype=content.vectors.dtype)
         index._snapshot = index._view(content.chunks, content.vectors, 0, content.ann)
-        index.saved = SavedIndex(Path(path).resolve(), content.generation, 0)
+        index.saved = SavedIndex(path.resolve(), content.generation, 0)
         return index
 
     def _in_memory(self) -> MemoryChunks:
@@ -375,3 +390,8 @@ class ChunkIndex(Corpus):
             type(self).from_embeddings, model=self.model, ann=self.ann, dtype=self.dtype
         )
         return make, (list(snapshot.chunks), snapshot.embeddings)
+
+
+def _embedder(model: QRAGModel | str | Path | None) -> QRAGModel:
+    """A model as it is; one that is named, or none, as `resolve_model`."""
+    return cast("QRAGModel", model) if hasattr(model, "encode_actions") else resolve_model(model)

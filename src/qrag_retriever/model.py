@@ -268,7 +268,11 @@ class QRAGModel(nn.Module):
         if dtypes[dtype] != next(self.parameters()).dtype:
             # an index outlives a change of precision, so its name is that of the full weights
             self._kept_fingerprint = self.fingerprint
-        self.to(device=device or model_files.default_device(), dtype=dtypes[dtype])
+        device = device or model_files.default_device()
+        try:
+            self.to(device=device, dtype=dtypes[dtype])
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(f"device={device!r} cannot be used here ({error}).") from error
         for encoder in (self.state_encoder, self.action_encoder):
             encoder.use(backend)
         return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -210,12 +210,14 @@ class Search:
         else:
             above = len(ranked)
         if options.temperature is not None:
-            noise = self._random.gumbel(size=q.shape).astype(np.float32)
-            drawn = best_actions(q / np.float32(options.temperature) + noise, take)
-            return [self._extend(beam, drawn, ranked, q)]
+            noise, t = self._random.gumbel(size=q.shape), float(options.temperature)
+            # the same order either way; this way no temperature overflows
+            keys = q + t * noise if t < 1 else q / t + noise
+            return [self._extend(beam, best_actions(keys, take), ranked, q)]
         head, others = ranked[: take - 1], ranked[take - 1 : above]
-        if not others:  # some of the chunks wanted at once fall below the threshold
-            return [self._extend(beam, ranked[:above], ranked, q, stopped="threshold")]
+        if not others:  # fewer than wanted at once are left, or reach the threshold
+            reason: StopReason = "threshold" if above < len(ranked) else "exhausted"
+            return [self._extend(beam, ranked[:above], ranked, q, stopped=reason)]
         return [self._extend(beam, [*head, other], ranked, q) for other in others[: options.beams]]
 
     def _extend(
@@ -238,7 +240,7 @@ class Search:
         return Beam((*beam.picks, *picks), stopped, kept)
 
 
-def best_actions(q_values: NDArray[np.float32], count: int) -> list[int]:
+def best_actions(q_values: NDArray[np.floating[Any]], count: int) -> list[int]:
     """The actions of highest Q, best first, equal ones by number; none of ``-inf``.
 
     Args:

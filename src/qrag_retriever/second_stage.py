@@ -48,7 +48,7 @@ class EmbeddingCache:
     def __init__(self, model: QRAGModel, size: int = 10_000) -> None:
         self.model = model
         self.size = size
-        self._version = self._model_version()
+        self._version = self.model.action_encoder.version
         self._kept: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._lock = Lock()
 
@@ -59,7 +59,7 @@ class EmbeddingCache:
             InvalidInputError: If the model returns something other than finite vectors.
         """
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
-        version = self._model_version()
+        version = self.model.action_encoder.version
         with self._lock:
             if version != self._version:  # the model was trained in the meantime
                 self._version = version
@@ -82,10 +82,6 @@ class EmbeddingCache:
                 self._kept.popitem(last=False)
         vectors = np.array([known[key] for key in keys], dtype=np.float32)
         return vectors.reshape(len(texts), self.model.dimension)
-
-    def _model_version(self) -> int:
-        """A number that grows whenever weights change; torch counts that."""
-        return sum(weight._version for weight in self.model.action_encoder.parameters())  # noqa: SLF001
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -95,7 +95,7 @@ def shorten_evenly(lengths: Sequence[int], budget: int) -> list[int]:
 
 
 def check_query(query: object) -> None:
-    """Refuse a query that is empty or no text.
+    """Refuse a query that is empty, no text or not valid Unicode.
 
     Raises:
         InvalidInputError: If it is.
@@ -104,19 +104,32 @@ def check_query(query: object) -> None:
         raise InvalidInputError(f"A query is a str, not {type(query).__name__}.")
     if not query.strip():
         raise InvalidInputError("The query is empty; give a question.")
+    _check_unicode(query, "The query")
 
 
 def check_chunks(texts: Sequence[object]) -> None:
-    """Refuse chunks that are no texts.
+    """Refuse chunks that are no texts or not valid Unicode.
 
     Raises:
-        InvalidInputError: If one is not, or a single text stands for the list of them.
+        InvalidInputError: If one is, or a single text stands for the list of them.
     """
     if isinstance(texts, str):
         raise InvalidInputError("Chunks are a list of str, not a single str; put it in a list.")
     for text in texts:
         if not isinstance(text, str):
             raise InvalidInputError(f"A chunk is a str, not {type(text).__name__}.")
+        _check_unicode(text, "A chunk")
+
+
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        shown = ascii(text[max(error.start - 20, 0) : error.end + 20])
+        raise InvalidInputError(
+            f"{what} is not valid Unicode ({error.reason} in {shown}), as text taken from a PDF "
+            "can be; clean it, for example with text.encode('utf-8', 'replace').decode()."
+        ) from error
 
 
 def _content(limit: int | None, specials: int) -> int | None:

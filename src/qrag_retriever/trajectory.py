@@ -44,8 +44,8 @@ class Step:
     Attributes:
         step: Number of the step, from 1; chunks taken from one state share it.
         chunk: The chunk.
-        index: Its number in the index, from 0, in document order; -1 where a vector store or
-            another retriever does not tell.
+        index: Its number in the index, from 0, in document order; of a second stage its rank among
+            what the other retriever found; -1 where a vector store does not tell.
         q_value: Q of taking it in the state of that step.
         position: ρ at that step (paper eq. 6): its place among the chunks found before.
         runners_up: The next best chunks of that step.
@@ -185,8 +185,9 @@ class Trajectory:
         """
         if not self.q_values or not self.steps:
             raise InvalidInputError(
-                "There are no Q-values to draw; search with keep_q_values=True and a threshold "
-                "that lets at least one step through."
+                "There are no Q-values to draw; search a ChunkIndex (a vector store does not tell "
+                "Q of every chunk) with keep_q_values=True and a threshold that lets at least one "
+                "step through."
             )
         try:
             from matplotlib.figure import Figure

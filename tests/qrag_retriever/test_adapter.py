@@ -22,7 +22,7 @@ from corpus import (
 )
 from langchain_core.documents import Document
 
-from qrag_retriever import QRAGModel, QRAGRetriever, langchain, llama_index, model_files
+from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever, langchain, llama_index, model_files
 from qrag_retriever import index as index_module
 from qrag_retriever.adapter import resolve_aliases
 from qrag_retriever.errors import (
@@ -353,6 +353,27 @@ def test_ids_to_leave_out_are_texts(ids):
 
 def test_no_ids_to_leave_out():
     assert make().search(QUERY, exclude_ids=None) == make().search(QUERY)
+
+
+@either
+def test_no_filter_under_either_name_takes_the_place_of_the_retrievers_own(kind):
+    retriever = make(kind, filter={"tenant": "a"}, k=9)
+    everything = make(kind, k=9).search(QUERY).chunk_ids
+    assert len(retriever.search(QUERY)) < len(everything)
+    for name in ("filter", "filters"):
+        assert retriever.search(QUERY, **{name: None}).chunk_ids == everything
+
+
+def test_an_index_takes_the_name_of_a_model(tmp_path, monkeypatch):
+    folder = model_copy_in(tmp_path, "relative")
+    index = ChunkIndex.from_texts(TEXTS, METADATAS, IDS, model=folder)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    index.save("~/saved")
+    assert (tmp_path / "saved").is_dir()
+    loaded = ChunkIndex.load("~/saved", model=folder)
+    assert langchain.QRAGRetriever(index=loaded).search(QUERY) == make().search(QUERY)
+    with pytest.raises(InvalidInputError, match="not int"):
+        ChunkIndex(model=3)
 
 
 def test_one_query_is_no_batch():

@@ -108,7 +108,13 @@ def test_a_process_that_ends_is_an_error(small_parts):
 
 
 @pytest.mark.parametrize(
-    ("devices", "message"), [("cuda:0", r"give \['cuda:0'\]"), (3, "devices=3; give a list")]
+    ("devices", "message"),
+    [
+        ("cuda:0", r"give \['cuda:0'\]"),
+        (3, "devices=3; give a list"),
+        (["cpu", "cpuu"], "'cpuu' cannot be used here"),
+        (["cuda:99"], "'cuda:99' cannot be used here"),
+    ],
 )
 def test_devices_are_a_list(devices, message):
     with pytest.raises(InvalidInputError, match=message):

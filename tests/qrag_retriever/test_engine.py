@@ -7,6 +7,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from corpus import IDS, METADATAS, QUERIES, QUERY, TEXTS, make_index, make_model, shared_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -355,3 +356,50 @@ def test_a_change_of_the_index_does_not_disturb_a_search():
     check_same(search(index, on_step=change), undisturbed)
     assert not set(undisturbed.chunk_ids) & {chunk.id for chunk in index.snapshot().chunks}
     assert len(index) == 9
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_draw_may_take_any_chunk_of_an_approximate_index(kind):
+    model = make_model()
+    found = {
+        kind: [
+            search(make_index(model, ann=kind), k=1, temperature=1e3, seed=seed).chunk_ids
+            for seed in range(30)
+        ]
+        for kind in (kind, "none")
+    }
+    assert found[kind] == found["none"]
+
+
+def test_another_model_is_fingerprinted_again_only_when_it_changed(monkeypatch):
+    index, model = make_index(make_model()), make_model()
+    computed = []
+    digest = type(model.action_encoder).digest
+
+    def counted(encoder, **settings):
+        computed.append(encoder)
+        return digest(encoder, **settings)
+
+    monkeypatch.setattr(type(model.action_encoder), "digest", counted)
+    for _ in range(3):
+        search(index, model=model)
+    assert computed == [model.action_encoder]
+    with torch.no_grad():
+        next(model.action_encoder.parameters()).add_(1.0)
+    with pytest.raises(FingerprintMismatchError):
+        search(index, model=model)
+
+
+def test_queries_may_come_one_by_one():
+    engine = MultiStepRetriever(RELATIVE, make_index(RELATIVE))
+    options = SearchOptions(k=2)
+    expected = engine.search_batch(QUERIES, options)
+    assert engine.search_batch(iter(QUERIES), options) == expected
+
+
+def test_text_that_is_not_unicode_is_refused():
+    index = make_index(RELATIVE)
+    with pytest.raises(InvalidInputError, match=r"query is not valid Unicode.*\\udc80"):
+        search(index, "Where is \udc80 Mary?")
+    with pytest.raises(InvalidInputError, match="chunk is not valid Unicode"):
+        index.add(["Mary \ud800 left."])

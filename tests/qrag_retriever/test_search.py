@@ -211,3 +211,30 @@ def test_nan_is_refused():
 def test_settings_out_of_range(settings_, message):
     with pytest.raises(InvalidInputError, match=message):
         SearchOptions(**settings_)
+
+
+def test_where_nobody_counted_the_candidates_the_end_of_them_is_no_threshold():
+    search = Search(None, SearchOptions(k=5, chunks_per_step=4))
+    search.advance(np.array([[0.3, 0.1, 0.2]], dtype=np.float32))
+    assert search.best.retrieved == (0, 2, 1)
+    assert search.best.stopped == "exhausted"
+    search = Search(None, SearchOptions(k=5, chunks_per_step=4, q_threshold=0.15))
+    search.advance(np.array([[0.3, 0.1, 0.2]], dtype=np.float32))
+    assert (search.best.retrieved, search.best.stopped) == ((0, 2), "threshold")
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-8])
+def test_next_to_no_temperature_takes_the_best(temperature):
+    q = {(): [-0.5, -0.2, -0.9], (1,): [-0.5, -0.2, -0.9]}
+    options = SearchOptions(k=2, temperature=temperature, seed=0)
+    search = run(3, options, lambda state: np.array(q[state], dtype=np.float32))
+    assert search.best.retrieved == (1, 0)
+
+
+def test_an_endless_temperature_draws_evenly():
+    counts = np.zeros(3)
+    for seed in range(300):
+        options = SearchOptions(k=1, temperature=math.inf, seed=seed)
+        search = run(3, options, lambda _: np.array([-9, 0, 9], dtype=np.float32))
+        counts[search.best.retrieved[0]] += 1
+    assert counts.min() > 60
