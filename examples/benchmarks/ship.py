@@ -38,6 +38,7 @@ from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import Beam
 from qrag_train.balance import balance
 from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
+from qrag_train.card import model_card
 from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
 from qrag_train.evaluation import judge, search_samples
@@ -199,7 +200,10 @@ def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -
         "updates": sum(updates(run, options.last) for run in options.runs),
         "figures": {name: found[name] for name in ("fact_em", "fact_f1")},
     }
-    file.write_text(config.replace(training=training).to_json(), encoding="utf-8")
+    config = config.replace(training=training)
+    file.write_text(config.to_json(), encoding="utf-8")
+    card = file.with_name("README.md")
+    card.write_text(model_card(file.parent.name, config), encoding="utf-8")
 
 
 def updates(run: RunFolder, last: bool) -> int:

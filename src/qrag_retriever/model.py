@@ -368,10 +368,14 @@ class QRAGModel(nn.Module):
     def train(self, mode: bool = True) -> QRAGModel:
         """Switch training on or off; training changes the weights, so torch alone is used then."""
         if mode:
-            self._kept_fingerprint = None
+            self.weights_changed()
             self.state_encoder.use("torch")
             self.action_encoder.use("torch")
         return super().train(mode)
+
+    def weights_changed(self) -> None:
+        """Forget which full weights those in half precision were rounded from."""
+        self._kept_fingerprint = None
 
     def _names(self) -> model_files.Names | None:
         if self._kept_fingerprint is None:

@@ -49,6 +49,7 @@ def balance(model: QRAGModel, texts: Sequence[str]) -> None:
     factors /= factors.log().mean().exp()
     for norm, factor in ((states, factors), (actions, 1 / factors)):
         _scale(norm, factor)
+    model.weights_changed()
 
 
 @torch.no_grad()

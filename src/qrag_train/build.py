@@ -83,7 +83,8 @@ def build_module(
         max_steps: Retrieval budget T: that of validation, the model's default, and that of
             training episodes unless ``pqn.max_steps`` is given. Left out: 4, or what a Q-RAG model
             had.
-        settings: Further settings of the model, those of QRAGConfig and `pooling` and `normalize`.
+        settings: Further settings of the model, those of QRAGConfig, and of a plain embedder also
+            `pooling` and `normalize`.
         adapt: What of a pretrained encoder is trained.
         pqn: The algorithm.
         optimizer: The optimiser and its schedule.
@@ -98,13 +99,16 @@ def build_module(
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     values |= settings or {}
     if scratch is None:
-        model = adapted(starting_model(encoder, values), adapt)
+        # a threshold belongs to the weights it was chosen for
+        model = adapted(starting_model(encoder, {"q_threshold": None, **values}), adapt)
     else:
         if encoder is not None or texts is None:
             raise ConfigError("A new encoder (scratch) needs texts, and no encoder to start from.")
+        _refuse_for_new(adapt)
         with tempfile.TemporaryDirectory() as folder:
             make_encoder(folder, texts(), scratch, seed)
             model = QRAGModel.from_encoder(folder, device="cpu", **values)
+        model = adapted(model, dataclasses.replace(adapt, freeze_word_embeddings=False))
     module = ValidatedTrainingModule(model, pqn, optimizer, seed=seed)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
@@ -130,6 +134,16 @@ def starting_model(encoder: str | None, values: dict[str, Any]) -> QRAGModel:
         config = model.config.replace(**values)
         return QRAGModel(model.state_encoder, model.action_encoder, config)
     return QRAGModel.from_encoder(encoder, device="cpu", **values)
+
+
+def _refuse_for_new(adapt: AdaptConfig) -> None:
+    given = {"freeze_layers": 0, "first_layers": None, "lora_rank": 0}
+    for name, off in given.items():
+        if getattr(adapt, name) != off:
+            raise ConfigError(
+                f"{name}={getattr(adapt, name)} is for a pretrained encoder; leave "
+                f"--model.adapt.{name} out where --model.scratch makes a new one."
+            )
 
 
 def adapted(model: QRAGModel, config: AdaptConfig) -> QRAGModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -153,22 +154,36 @@ def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int
     Raises:
         ModelFormatError: If the folder holds no Q-RAG model.
     """
-    config = model_config(folder)
-    config = config.replace(
+    before = model_config(folder)
+    config = before.replace(
         q_threshold=calibration.q_threshold,
         max_steps=max_steps,
-        training={**config.training, "calibration": calibration._asdict()},
+        training={**before.training, "calibration": calibration._asdict()},
     )
     with replacing(Path(folder)) as new:
         shutil.copytree(folder, new, dirs_exist_ok=True)
         (new / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
         changed = [CONFIG_FILE]
         if "settings" in config.training:  # qrag-train fit wrote the card, which names the settings
-            card = model_card(Path(folder).name, config)
-            (new / "README.md").write_text(card, encoding="utf-8")
-            changed.append("README.md")
+            card, name = new / "README.md", Path(folder).name
+            if _is_card(card, (name, "model"), before):
+                card.write_text(model_card(name, config), encoding="utf-8")
+                changed.append(card.name)
+            else:
+                warnings.warn(
+                    f"{Path(folder) / card.name} was edited and stays as it is; what it says of "
+                    "the threshold may be outdated.",
+                    stacklevel=2,
+                )
         if compact.is_compact(new):
             compact.renew_manifest(new, changed)
+
+
+def _is_card(file: Path, names: Sequence[str], config: QRAGConfig) -> bool:
+    """Whether a model card is as `model_card` wrote it, under one of these names."""
+    if not file.is_file():
+        return True
+    return file.read_text(encoding="utf-8") in {model_card(name, config) for name in names}
 
 
 def _between(q: NDArray[np.float32]) -> NDArray[np.float64]:

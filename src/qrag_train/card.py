@@ -85,9 +85,14 @@ def model_card(name: str, config: QRAGConfig) -> str:
         mean_of=_mean_of(training.get("mean_of", ())),
         calibration=_calibration(training.get("calibration", {}), config.max_steps),
         data=_json_block(training.get("data", {})),
-        model=json.dumps(model, indent=2),
-        settings=json.dumps(training.get("settings", {}), indent=2),
+        model=_json(model),
+        settings=_json(training.get("settings", {})),
     )
+
+
+def _json(values: object) -> str:
+    """Sorted, so that a card is the same before and after its settings were written and read."""
+    return json.dumps(values, indent=2, sort_keys=True)
 
 
 def _mean_of(runs: Sequence[str]) -> str:
@@ -100,7 +105,7 @@ def _mean_of(runs: Sequence[str]) -> str:
 
 
 def _table(figures: Mapping[str, Any]) -> str:
-    rows = [f"| {name.removeprefix('val/')} | {value:.3f} |" for name, value in figures.items()]
+    rows = [f"| {name.removeprefix('val/')} | {figures[name]:.3f} |" for name in sorted(figures)]
     return "\n".join(["| measure | value |", "| --- | --- |", *rows])
 
 
@@ -115,4 +120,4 @@ def _calibration(figures: Mapping[str, Any], max_steps: int) -> str:
 
 
 def _json_block(values: Mapping[str, Any]) -> str:
-    return f"```json\n{json.dumps(values, indent=2)}\n```"
+    return f"```json\n{_json(values)}\n```"

@@ -151,6 +151,25 @@ def check_interval(val_check_interval: int | float | None, updates: int) -> None
         )
 
 
+def check_trainer(options: Any) -> None:
+    """Look at options of the Trainer that training cannot go with.
+
+    Raises:
+        ConfigError: If there is one.
+    """
+    if options.precision in ("16-true", "bf16-true"):
+        mixed = options.precision.replace("true", "mixed")
+        raise ConfigError(
+            f"--trainer.precision {options.precision} would keep the weights in half precision, "
+            f"where small updates are lost; give {mixed}."
+        )
+    if options.limit_val_batches == 0:
+        raise ConfigError(
+            "--trainer.limit_val_batches 0 leaves no validation to choose the best model by; "
+            "leave it out, or give a smaller --data.val_samples."
+        )
+
+
 def check_same_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume a run with other settings.
 

@@ -206,8 +206,12 @@ def read_questions(
         unit, lengths = "tokens", tokens or [4096]
         common |= {"words": words, "questions": questions}
     else:
-        source = SourceConfig(data, **common).open()
-        assert isinstance(source, Sequence)
+        opened = SourceConfig(data, **common).open()
+        source: Sequence[SupportSample]
+        if isinstance(opened, Sequence):
+            source = opened
+        else:
+            source = list(FixedSamples(opened, samples or _MADE, seed=0))
         return {name: (pooled(source) if pool else source)[:samples]}
     found: dict[str, Sequence[SupportSample]] = {}
     for length in lengths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections import defaultdict
 from pathlib import Path
@@ -38,9 +39,11 @@ def read_curves(logs: Path) -> dict[str, Curve]:
     for file in files:
         with file.open(newline="", encoding="utf-8") as stream:
             for row in csv.DictReader(stream):
-                for name, value in row.items():
-                    if value and name not in ("step", "epoch"):
-                        values[name][int(row["step"])] = float(value)
+                with contextlib.suppress(TypeError, ValueError):  # a line that was cut short
+                    step = int(row["step"])
+                    for name, value in row.items():
+                        if value and name not in ("step", "epoch"):
+                            values[name][step] = float(value)
     return {name: sorted(points.items()) for name, points in values.items()}
 
 

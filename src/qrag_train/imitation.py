@@ -30,10 +30,18 @@ if TYPE_CHECKING:
 
 
 def candidates(sample: SupportSample, negatives: int, rng: np.random.Generator) -> list[int]:
-    """The support of a sample, then some of its other chunks, drawn at random."""
+    """The support of a sample, then some of its other chunks, drawn at random.
+
+    No two have the same text, but for support: a negative with the text of support is none.
+    """
     others = np.setdiff1d(np.arange(len(sample.chunks)), sample.support)
-    drawn = rng.permutation(others)[:negatives]
-    return [*sample.support, *drawn.tolist()]
+    seen = {sample.chunks[i] for i in sample.support}
+    drawn: list[int] = []
+    for i in rng.permutation(others).tolist():
+        if len(drawn) < negatives and sample.chunks[i] not in seen:
+            seen.add(sample.chunks[i])
+            drawn.append(i)
+    return [*sample.support, *drawn]
 
 
 def imitation_loss(
@@ -116,11 +124,12 @@ class _Episode:
         if model.config.positions == "none":
             return critic_values(state, actions, 1)[:, 0]
         scheme = model.config.position_scheme
-        rho = scheme.positions(len(self.sample.chunks), self.found)[list(self.rows)]
+        # of equal texts, which only support may have, the last one's place counts
+        places = {row: i for i, row in self.rows.items()}
+        rho = scheme.positions(len(self.sample.chunks), self.found)[list(places.values())]
         rho_of_own = torch.from_numpy(rho).to(state.device)
-        index = torch.tensor(list(self.rows.values()), device=actions.device)
+        index = torch.tensor(list(places), device=actions.device)
         q = q_at(state, actions[index], rho_of_own, model.config.rotary_base)
-        # of equal texts the last one's place counts
         return torch.full_like(actions[:, 0], -torch.inf).index_copy(0, index, q)
 
     def step(self, q: Tensor, config: PQNConfig, alpha: float, budget: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Journal:
         whole = text[: text.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                key, result = json.loads(line)
+                key, result = _entry(json.loads(line))
             except ValueError as error:
                 raise DatasetError(
                     f"Line {number} of {file} was not written by an earlier run; move the file "
@@ -64,7 +65,18 @@ class Journal:
                 ) from error
             self._results[key] = result
         if whole != text:
-            file.write_bytes(whole)
+            if not b'["'.startswith(text[len(whole) :][:2]):
+                raise DatasetError(
+                    f"The end of {file} was not written by an earlier run; move the file away, and "
+                    "everything is measured anew."
+                )
+            os.truncate(file, len(whole))  # an entry that was cut short
+
+
+def _entry(value: Any) -> tuple[str, Any]:
+    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
+        return value[0], value[1]
+    raise ValueError("it is no pair of a key and a result")
 
 
 def content_key(*parts: object) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from qrag_retriever.errors import QRAGError
 from qrag_retriever.rotary import phases, turn
 from qrag_train.data.sample import SupportSample
 from qrag_train.environment import RetrievalEnvironment, in_state_order
@@ -189,6 +190,11 @@ class RolloutCollector:
             q = q.masked_fill(~available, -torch.inf)
             top_k = min(self._config.top_k_actions or q.shape[1], q.shape[1])
             best, chunks = q.topk(top_k, dim=1)
+            if not best[:, 0].isfinite().all():
+                raise QRAGError(
+                    "Training diverged: Q is not a finite number any more. Start again with a "
+                    "lower --model.optimizer.lr, or clip gradients (--trainer.gradient_clip_val)."
+                )
             weights = torch.zeros_like(q).scatter(1, chunks, (best / alpha).softmax(dim=1))
         return torch.multinomial(weights, 1, generator=self._generator)[:, 0]
 

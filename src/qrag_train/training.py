@@ -29,14 +29,14 @@ from qrag_train.callbacks import (
     ProgressBar,
     ProgressLines,
 )
-from qrag_train.checks import check_interval, check_run, check_same_config
+from qrag_train.checks import check_interval, check_run, check_same_config, check_trainer
 from qrag_train.cli import TRAINING_COMMANDS
 from qrag_train.curves import plot_curves
 from qrag_train.data.datamodule import SupportDataModule
 from qrag_train.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from lightning.pytorch.loggers import Logger
 
@@ -184,7 +184,9 @@ class TrainingCLI(LightningCLI):
         if started or (settings.encoder is None and settings.scratch is None):
             self.folder.require_model()
         if self.folder.model.is_dir():
-            _judge_model(settings, self.folder.model)
+            now = yaml.safe_load(self._dump())["model"]
+            before = self.folder.settings()["model"] if started else now
+            _judge_model(settings, self.folder.model, {n for n in now if now[n] != before.get(n)})
 
     def _dump(self) -> str:
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
@@ -197,6 +199,7 @@ class TrainingCLI(LightningCLI):
             ConfigError: If the Trainer's options do not go together, or not with this machine.
         """
         given = self._get(self.config_init, "trainer")
+        check_trainer(given)
         callbacks = list(given.callbacks or [])
         if given.enable_progress_bar is None and not sys.stdout.isatty():
             kwargs["enable_progress_bar"] = False
@@ -217,6 +220,8 @@ class TrainingCLI(LightningCLI):
             "plugins": [*_as_list(given.plugins), AtomicCheckpointIO()],
             "default_root_dir": self.folder.path,
         }
+        if isinstance(given.val_check_interval, int):  # in updates; Lightning counts batches
+            kwargs["val_check_interval"] = given.val_check_interval * given.accumulate_grad_batches
         if given.logger in (None, True):
             kwargs["logger"] = self._loggers() if self.subcommand == "fit" else False
         try:
@@ -242,7 +247,8 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Check the data, and judge the model as it is at the start."""
         check_run(self.datamodule, min(self.model.budget, self.model.episode_steps))
-        check_interval(self.trainer.val_check_interval, self.trainer.max_steps)
+        given = self._get(self.config_init, "trainer")
+        check_interval(given.val_check_interval, given.max_steps)
         if not self._get(self.config, "resume"):
             if self.trainer.is_global_zero:
                 self.folder.path.mkdir(parents=True, exist_ok=True)
@@ -343,12 +349,19 @@ def _run_name(config: Any) -> str:
     return Path(files[0]).stem if files else "run"
 
 
-def _judge_model(settings: Any, folder: Path) -> None:
-    """Let a command judge a run's best model instead of what the run started from."""
-    settings.encoder = str(folder)
+def _judge_model(settings: Any, folder: Path, given: Collection[str]) -> None:
+    """Let a command judge a run's best model instead of what the run started from.
+
+    Settings given anew stay: they are for that model, or name another one to judge.
+    """
+    other = "encoder" in given
+    if not other:
+        settings.encoder = str(folder)
     for name in ("scratch", "positions", "max_steps", "settings"):
-        settings[name] = None
-    settings.adapt.first_layers, settings.adapt.lora_rank = None, 0
+        if name not in given:
+            settings[name] = None
+    if not other:
+        settings.adapt.first_layers, settings.adapt.lora_rank = None, 0
 
 
 def _as_list(value: Any) -> list[Any]:

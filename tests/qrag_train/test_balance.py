@@ -49,6 +49,13 @@ def test_q_stays_and_int8_loses_less(uneven: QRAGModel) -> None:
     assert loses < 0.7 * lost
 
 
+def test_weights_in_half_precision_get_another_fingerprint(uneven: QRAGModel) -> None:
+    half = uneven.place("cpu", "bfloat16")
+    before = half.fingerprint
+    balance(half, TEXTS)
+    assert half.fingerprint != before
+
+
 def test_what_cannot_be_balanced(tmp_path: Path) -> None:
     one = tiny_model(tmp_path / "one")
     with pytest.raises(ConfigError, match="are one"):

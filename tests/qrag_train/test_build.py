@@ -47,6 +47,24 @@ def test_training_goes_on_from_a_model_with_its_settings(tmp_path: Path) -> None
     assert (changed.positions, changed.max_steps) == ("none", 6)
 
 
+def test_a_threshold_is_not_passed_on_to_other_weights(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "encoder", "relative", q_threshold=0.3)
+    folder = str(model.save_pretrained(tmp_path / "model"))
+    assert build_module(folder).model.config.q_threshold is None
+    own = build_module(folder, settings={"q_threshold": 0.2}).model.config
+    assert own.q_threshold == 0.2
+
+
+def test_what_a_new_encoder_takes_of_the_settings_for_pretrained_ones() -> None:
+    module = build_module(scratch=SMALL, texts=lambda: COLOURS, adapt=AdaptConfig(dropout=0.3))
+    transformer = module.model.action_encoder.transformer.model
+    assert transformer.get_input_embeddings().weight.requires_grad
+    assert 0.3 in {m.p for m in transformer.modules() if isinstance(m, nn.Dropout)}
+    for name, value in (("freeze_layers", 1), ("first_layers", 1), ("lora_rank", 4)):
+        with pytest.raises(ConfigError, match=f"{name}={value} is for a pretrained encoder"):
+            build_module(scratch=SMALL, texts=lambda: COLOURS, adapt=AdaptConfig(**{name: value}))
+
+
 def test_what_is_frozen_dropped_and_left_out() -> None:
     model = build_module(scratch=SMALL, texts=lambda: COLOURS).model
     adapted(model, AdaptConfig(first_layers=1, dropout=0.3))

@@ -259,6 +259,8 @@ def test_the_curves_of_a_resumed_run_are_joined(tmp_path: Path) -> None:
         [{"step": 0, "loss": 3.0}, {"step": 1, "loss": 2.0}, {"step": 1, "val/fact_em": 0.5}],
     )
     write_metrics(tmp_path, 10, [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1.0}])
+    cut_off = tmp_path / "version_10" / "metrics.csv"
+    cut_off.write_text(cut_off.read_text() + "3,0,x\n4")
     curves = read_curves(tmp_path)
     assert curves == {"loss": [(0, 3.0), (1, 2.5), (2, 1.0)], "val/fact_em": [(1, 0.5)]}
     plot_curves(tmp_path, tmp_path / "curves.png")

@@ -5,6 +5,8 @@ import json
 import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tiny import write_questions
@@ -15,6 +17,7 @@ from qrag_train.checks import (
     check_run,
     check_same_config,
     check_samples,
+    check_trainer,
     check_twins,
 )
 from qrag_train.data.candidates import twins
@@ -148,6 +151,21 @@ def test_weights_of_a_mixture_are_looked_at(tmp_path: Path) -> None:
     train = [SourceConfig(files[0], weight=1), SourceConfig(files[1])]
     with pytest.raises(DatasetError, match="Some train sources have a weight"):
         check_run(SupportDataModule(train=train, val_file=files[2]), budget=1)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"precision": "bf16-true"}, "give bf16-mixed"),
+        ({"precision": "16-true"}, "give 16-mixed"),
+        ({"limit_val_batches": 0}, "leaves no validation"),
+    ],
+)
+def test_options_of_the_trainer(option: dict[str, Any], message: str) -> None:
+    usual = {"precision": "bf16-mixed", "limit_val_batches": None}
+    check_trainer(SimpleNamespace(**usual))
+    with pytest.raises(ConfigError, match=message):
+        check_trainer(SimpleNamespace(**{**usual, **option}))
 
 
 def test_at_least_one_validation_takes_place() -> None:

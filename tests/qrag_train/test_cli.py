@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from sentence_transformers import SentenceTransformer
-from tiny import fit_options, write_questions
+from tiny import fit_options, tiny_model, write_questions
 
 from qrag_retriever import QRAGModel
 from qrag_retriever.errors import DatasetError, InvalidInputError
@@ -369,6 +369,52 @@ def test_a_run_is_judged_by_its_best_model(
     figures = QRAGModel.from_pretrained(whole / "model").config.training["figures"]
     shown = f"{figures['val/fact_em']:.4f}"[:5]
     assert re.search(rf"{part}/fact_em.*{shown}", capsys.readouterr().out)
+
+
+def test_a_run_is_judged_with_what_is_given_anew(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def figures(*options: str) -> str:
+        assert main(["validate", f"--output_dir={whole}", *options]) == 0
+        return capsys.readouterr().out
+
+    usual = figures()
+    assert figures("--model.max_steps=2") == usual
+    # one step finds half of the support, two the whole
+    assert figures("--model.max_steps=1") != usual
+    other = tiny_model(tmp_path / "encoder", max_steps=1).save_pretrained(tmp_path / "other")
+    assert figures(f"--model.encoder={other}") != usual
+
+
+def test_training_stops_where_it_diverges(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "model.optimizer.lr": 1e9,
+        "model.optimizer.warmup_updates": 0,
+        "model.pqn.random_transitions": 0,
+        "trainer.gradient_clip_val": "null",
+    }
+    assert main(fit_options(tmp_path, updates=20, **options)) == 1
+    assert "Training diverged" in capsys.readouterr().err
+
+
+def test_validation_is_counted_in_updates_where_batches_are_accumulated(tmp_path: Path) -> None:
+    options = {"trainer.accumulate_grad_batches": 2, "trainer.val_check_interval": 2}
+    assert main(fit_options(tmp_path, updates=4, **options)) == 0
+    curves = read_curves(tmp_path / "run" / "logs")
+    assert [step for step, _ in curves["val/fact_em"]] == [0, 1, 3]
+
+
+def test_a_card_that_was_edited_stays(whole: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(whole / "model", model)
+    card = model / "README.md"
+    card.write_text(card.read_text() + "\nOurs.\n")
+    with pytest.warns(UserWarning, match="was edited and stays as it is"):
+        assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), "--k=4"]) == 0
+    assert card.read_text().endswith("\nOurs.\n")
+    assert QRAGModel.from_pretrained(model).config.max_steps == 4
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])

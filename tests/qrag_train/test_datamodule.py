@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,34 @@ def test_validation_questions_are_the_same_for_every_seed(files: list[str]) -> N
     assert list(first) == list(second)
     assert len({sample.id for sample in first}) == 10
     assert len(SupportDataModule(files[0], files[1]).samples("val")) == 30
+
+
+def test_several_validation_files_are_united_and_no_question_counts_twice(files: list[str]) -> None:
+    plain = [SourceConfig(file) for file in files]
+    weighted = [SourceConfig(files[0], weight=1.0), SourceConfig(files[1], weight=3.0)]
+    for sources in (plain, weighted):
+        data = SupportDataModule(files[0], val=sources, test=sources)
+        for part in ("val", "test"):
+            assert len({sample.id for sample in data.samples(part)}) == 60
+            assert len(data.samples(part)) == 60
+        chosen = [s.id for s in SupportDataModule(val=sources, val_samples=20).samples("val")]
+        assert len(set(chosen)) == len(chosen) == 20
+        firsts = sum(id_.startswith("0-") for id_ in chosen)
+        assert 3 <= firsts <= 6 if sources is weighted else 5 <= firsts <= 15
+
+
+def test_more_processes_than_validation_questions(files: list[str]) -> None:
+    data = SupportDataModule(files[0], files[1], val_samples=3)
+    data.trainer = SimpleNamespace(global_rank=0, world_size=4)  # type: ignore[assignment]
+    with pytest.raises(DatasetError, match="3 val questions cannot be shared by 4 processes"):
+        data.val_dataloader()
+
+
+def test_what_a_source_cannot_have(files: list[str]) -> None:
+    with pytest.raises(DatasetError, match=r"give .* format='corpus'"):
+        SourceConfig(files[0], corpus="corpus.jsonl")
+    with pytest.raises(DatasetError, match=r"limit=5 .* have no end"):
+        SourceConfig(files[0], "linked", limit=5)
 
 
 def test_sources_are_mixed_by_weight(files: list[str]) -> None:

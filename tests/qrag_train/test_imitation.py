@@ -148,6 +148,15 @@ def test_candidates_are_the_support_and_others() -> None:
     assert len(candidates(sample, 99, np.random.default_rng(0))) == 6
 
 
+def test_no_negative_has_the_text_of_support_or_of_another() -> None:
+    chunks = ("mary left", "the cup fell", "mary left", "a", "a", "b", "the cup fell")
+    sample = SupportSample("1", "q", chunks, (0, 1))
+    for seed in range(20):
+        found = candidates(sample, 5, np.random.default_rng(seed))
+        assert found[:2] == [0, 1]
+        assert sorted(sample.chunks[i] for i in found[2:]) == ["a", "b"]
+
+
 def test_a_model_learns_to_imitate(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = tiny_model(tmp_path, "relative", scale=0.2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qrag_retriever.errors import DatasetError
+from qrag_train.cli import read_questions
 from qrag_train.data.linked import LinkedPassages, Passage, bare, find_links, read_passages
 
 PASSAGES = [
@@ -77,3 +78,13 @@ def test_reads_the_paragraphs_of_all_shapes(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"title": "A"}\n{"text": "B"}')
     with pytest.raises(DatasetError, match="2 problems"):
         read_passages(tmp_path / "bad.jsonl")
+
+
+def test_made_questions_are_judged_like_those_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "passages.json"
+    context = [[passage.title, [passage.text]] for passage in PASSAGES]
+    file.write_text(json.dumps([{"context": context}]))
+    for pool in (False, True):
+        [samples] = read_questions(str(file), format="linked", samples=7, pool=pool).values()
+        assert len(samples) == 7
+        assert all(sample.support for sample in samples)

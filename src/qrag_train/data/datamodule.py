@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,7 @@ class SupportDataModule(lightning.LightningDataModule):
             DatasetError: If the numbers of candidates are out of range.
         """
         for number, (config, questions) in enumerate(self.sources("train")):
-            if config.corpus is not None and number not in self._candidate_sets:
+            if config.format == "corpus" and number not in self._candidate_sets:
                 assert isinstance(questions, Sequence)
                 self._candidate_sets[number] = CandidateSets(
                     questions, self._candidates, self._hard
@@ -147,14 +148,23 @@ class SupportDataModule(lightning.LightningDataModule):
             sets.hard_negatives = state_dict[str(number)]
 
     def samples(self, part: str) -> Sequence[SupportSample]:
-        """The questions of a validation or a test: always the same, at most ``val_samples``."""
+        """The questions of a validation or a test: always the same, at most ``val_samples``.
+
+        No question of a file is among them twice; a part with an endless source is drawn from all
+        its sources by their weights.
+        """
         source, count = self.source(part), self._val_samples
-        if not isinstance(source, Sequence):
+        files: list[Sequence[SupportSample]] = [
+            file for _, file in self.sources(part) if isinstance(file, Sequence)
+        ]
+        if len(files) < len(self.sources(part)):
             return FixedSamples(source, count, _VALIDATION_SEED)
-        if len(source) <= count:
-            return source
-        chosen = np.random.default_rng(_VALIDATION_SEED).permutation(len(source))[:count]
-        return [source[i] for i in sorted(chosen.tolist())]
+        random = np.random.default_rng(_VALIDATION_SEED)
+        weights = [config.weight or 0.0 for config, _ in self.sources(part)]
+        if len(files) > 1 and sum(weights) > 0 and sum(map(len, files)) > count:
+            shares = [math.ceil(count * weight / sum(weights)) for weight in weights]
+            files = [_drawn(file, share, random) for file, share in zip(files, shares, strict=True)]
+        return _drawn([sample for file in files for sample in file], count, random)
 
     def texts(self) -> Iterator[str]:
         """Texts of training questions, for a vocabulary."""
@@ -186,7 +196,21 @@ class SupportDataModule(lightning.LightningDataModule):
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
         samples = self.samples(part)
+        if len(samples) < world:
+            raise DatasetError(
+                f"{len(samples)} {part} questions cannot be shared by {world} processes; give at "
+                "least one to each, or fewer --trainer.devices."
+            )
         return SampleLoader([samples[i] for i in range(rank, len(samples), world)])
+
+
+def _drawn(
+    samples: Sequence[SupportSample], count: int, random: np.random.Generator
+) -> Sequence[SupportSample]:
+    """At most so many of them, in their order."""
+    if len(samples) <= count:
+        return samples
+    return [samples[i] for i in sorted(random.permutation(len(samples))[:count].tolist())]
 
 
 def _sources(

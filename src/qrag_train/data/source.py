@@ -93,6 +93,17 @@ class SourceConfig:
                 raise DatasetError(
                     f"format={format_!r} needs {name!r}; give it beside {self.file}."
                 )
+        if self.corpus is not None and self.format != "corpus":
+            raise DatasetError(
+                f"Questions of the format {self.format!r} have no corpus; give {self.file} "
+                "format='corpus', or leave corpus out."
+            )
+        endless = self.format in ("linked", "ruler") or self.file.startswith(_SIMULATED)
+        if self.limit is not None and endless:
+            raise DatasetError(
+                f"limit={self.limit} of {self.file} is not allowed: its questions have no end; "
+                "give --data.val_samples or --trainer.max_steps instead."
+            )
         if self.limit is not None and self.limit < 1:
             raise DatasetError(
                 f"limit={self.limit} of {self.file} is not allowed; give 1 or more, or none."
