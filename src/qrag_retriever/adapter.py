@@ -20,6 +20,7 @@ from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel, resolve_model
+from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.second_stage import SecondStage
 
@@ -33,8 +34,9 @@ _PER_CALL = (*SEARCH_SETTINGS, "runners_up", *_SELECTION)
 _SETTINGS_FILE = "retriever.json"
 # further ones that some classes have and a saved retriever keeps
 _EXTRA_SETTINGS = ("score_key", "verbose")
-# entry of that file: whether the model is in the folder
-_HAS_MODEL = "has_model"
+# Entry of that file on the model in the folder: `save_local` wrote it, found it there, or has none.
+_MODEL_ENTRY = "model"
+_WRITTEN, _FOUND = "written", "found"
 
 
 class SearchOverrides(TypedDict, total=False):
@@ -191,18 +193,21 @@ class RetrieverAdapter(Constructors):
                 already, it stays.
 
         Raises:
-            InvalidInputError: If the folder holds something else under one of these names, or the
-                index cannot be saved. Nothing has changed then.
+            InvalidInputError: If the folder holds something else under the names of index or model,
+                or the index cannot be saved. Nothing has changed then.
             OSError: If the folder cannot be written to, or the disk is full. Likewise.
         """
         folder = Path(folder_path).expanduser()
         target, settings = folder / "model", folder / _SETTINGS_FILE
-        there = _is_model(target, self.model)
-        outdated = not there and not include_model and _wrote_model(settings)
-        saved = {**self._search_settings(), **self._extra_settings()}
-        text = json.dumps(
-            {**saved, _HAS_MODEL: include_model or there}, indent=2, default=np.generic.item
-        )
+        there, ours = _is_model(target, self.model), _wrote_model(settings)
+        if include_model and not there and not ours and (target / CONFIG_FILE).is_file():
+            raise InvalidInputError(
+                f"{target} holds another model, which save_local did not write, and is left as it "
+                "is; give another folder, or include_model=False."
+            )
+        entry = (_WRITTEN if ours or not there else _FOUND) if include_model or there else None
+        saved = {**self._search_settings(), **self._extra_settings(), _MODEL_ENTRY: entry}
+        text = json.dumps(saved, indent=2, default=np.generic.item)
         # a corpus that cannot be saved says so before anything is written
         write_model = include_model and not there and isinstance(self.index, ChunkIndex)
         with self.model.saving(target) if write_model else contextlib.nullcontext():
@@ -210,7 +215,7 @@ class RetrieverAdapter(Constructors):
         new = folder / f".{_SETTINGS_FILE}.new"
         new.write_text(text, encoding="utf-8")
         os.replace(new, settings)  # noqa: PTH105 (atomic on every platform)
-        if outdated:
+        if ours and entry is None:
             target.unlink() if target.is_symlink() else shutil.rmtree(target, ignore_errors=True)
 
     @classmethod
@@ -233,7 +238,7 @@ class RetrieverAdapter(Constructors):
         """
         folder = Path(folder_path).expanduser()
         saved = _read_settings(folder / _SETTINGS_FILE)
-        has_model = saved.pop(_HAS_MODEL, True) and (folder / "model").is_dir()
+        has_model = saved.pop(_MODEL_ENTRY, _FOUND) and (folder / "model").is_dir()
         for name in set(_EXTRA_SETTINGS) - set(cls._extra_names()):
             saved.pop(name, None)  # of the other framework
         settings = resolve_aliases({"model": model, **settings})
@@ -290,9 +295,9 @@ class RetrieverAdapter(Constructors):
 
 
 def _wrote_model(settings: Path) -> bool:
-    """Whether the last `save_local` left a model beside its settings."""
+    """Whether the model beside the settings was written by `save_local`."""
     try:
-        return bool(_read_settings(settings).get(_HAS_MODEL))
+        return bool(_read_settings(settings).get(_MODEL_ENTRY) == _WRITTEN)
     except IndexFormatError:
         return False
 

@@ -170,7 +170,8 @@ class QRAGModel(nn.Module):
             InvalidInputError: If the folder holds something other than a Q-RAG model.
         """
         with self.saving(path, compact=compact):
-            return Path(path).expanduser()
+            pass
+        return Path(path).expanduser()
 
     @contextmanager
     def saving(self, path: str | Path, *, compact: bool = False) -> Iterator[None]:

@@ -277,6 +277,20 @@ def test_a_model_folder_of_someone_else_stays(kind, tmp_path):
         with pytest.raises(IndexFormatError, match="give model="):
             kind.load_local(folder)
         assert kind.load_local(folder, model=MODEL).search(QUERY) == make(kind).search(QUERY)
+        with pytest.raises(InvalidInputError, match="left as it"):
+            make(kind).save_local(folder)
+        assert {f: f.read_bytes() for f in (folder / "model").rglob("*") if f.is_file()} == before
+
+
+def test_a_model_that_was_found_is_used_and_never_removed(tmp_path):
+    model_copy_in(tmp_path, "relative")
+    make().save_local(tmp_path)
+    assert langchain.QRAGRetriever.load_local(tmp_path).search(QUERY) == make().search(QUERY)
+    other = langchain.QRAGRetriever(index=make_index(make_model(scale=0.25)))
+    other.save_local(tmp_path, include_model=False)
+    assert QRAGModel.from_pretrained(tmp_path / "model").fingerprint == MODEL.fingerprint
+    with pytest.raises(IndexFormatError, match="give model="):
+        langchain.QRAGRetriever.load_local(tmp_path)
 
 
 @either
@@ -410,7 +424,7 @@ def test_settings_of_another_version(tmp_path):
     make(k=4).save_local(tmp_path)
     file = tmp_path / "retriever.json"
     saved = json.loads(file.read_text())
-    assert saved.keys() == {*SETTINGS, "score_key", "has_model"}
+    assert saved.keys() == {*SETTINGS, "score_key", "model"}
     file.write_text(json.dumps({"k": 4}))
     assert langchain.QRAGRetriever.load_local(tmp_path).k == 4
     file.write_text(json.dumps({**saved, "from_the_future": 1}))
