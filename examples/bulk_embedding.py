@@ -13,7 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import ray.data
+try:
+    import ray.data
+except ImportError:
+    raise SystemExit("This example needs Ray: pip install 'qrag-retriever[ray]'") from None
 
 from book import QUESTION, read_chunks
 from qrag_retriever import QRAGModel, QRAGRetriever

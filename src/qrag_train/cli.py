@@ -172,8 +172,9 @@ def read_questions(
         data: The file; for babilong also simulated:1 to simulated:5 or simulated:14, for ruler a
             task such as ruler:niah_multikey_1.
         format: Its kind: jsonl (a document per question), corpus (questions on the chunks of
-            --corpus), babilong (a bAbI file, hidden in --background), ruler, or the official files
-            of hotpotqa, musique, 2wiki or squad.
+            --corpus), babilong (a bAbI file, hidden in --background), ruler, the official files of
+            hotpotqa, musique, 2wiki or squad, or linked (made up from titled passages that name one
+            another).
         corpus: The JSONL file with the chunks that all questions share; the format is then corpus.
         background: For babilong and ruler: a folder of books as plain text.
         sentences: For babilong: numbers of chunks of a document, such as [50,200,1200].
@@ -185,7 +186,7 @@ def read_questions(
         words: For ruler's needles: a file with a word a line.
         questions: For ruler:qa_1 a file of SQuAD's shape, for ruler:qa_2 of HotpotQA's.
         pool: Search the chunks of all questions of the file, not each question's own.
-        samples: Number of questions; left out: all, or 200 for babilong and ruler.
+        samples: Number of questions; left out: all, or 200 where they have no end.
 
     Raises:
         DatasetError: If the file cannot be read or is not as described.
