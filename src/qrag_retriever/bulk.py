@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from datetime import date, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ class ChunkEmbedder:
 
     def __call__(self, batch: Batch) -> Batch:
         """Add the column ``embedding`` to a batch with the column ``text``."""
-        embeddings = self._model.encode_actions([str(text) for text in batch["text"]])
+        embeddings = self._model.encode_actions(_texts(batch))
         return {**batch, "embedding": embeddings}
 
 
@@ -58,10 +59,16 @@ class StoreWriter:
         self._store = open_store()
 
     def __call__(self, batch: Batch) -> Batch:
-        """Write a batch with the columns ``id`` and ``text``; all other columns are metadata."""
+        """Write a batch with the columns ``id`` and ``text``; all other columns are metadata.
+
+        Raises:
+            InvalidInputError: If a text is no text, or an id none or neither a text nor an integer.
+        """
         others = [name for name in batch if name not in ("id", "text")]
-        ids = [str(id_) for id_ in batch["id"]]
-        self._store.add_texts([str(text) for text in batch["text"]], _rows(batch, others), ids=ids)
+        ids = _ids(batch)
+        if not all(ids):
+            raise InvalidInputError("A row has no id; give every chunk one to fill a store.")
+        self._store.add_texts(_texts(batch), _rows(batch, others), ids=ids)
         return {"id": batch["id"]}
 
 
@@ -152,15 +159,16 @@ def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> 
 
     Args:
         dataset: With the columns ``text`` and ``embedding``, and ``id`` if chunks have ids; all
-            others become metadata.
+            others become metadata, timestamps as text (ISO 8601).
         model: The model that embedded it.
         order_by: Column by which chunks are put in document order, such as their number; ``None``:
             as the rows arrive. Ray hands them out as they are ready, unless its data context says
             ``execution_options.preserve_order``.
 
     Raises:
-        InvalidInputError: If a column is missing, there are no rows, or the model has positions
-            and nothing says in which order the rows are; and see `ChunkIndex.from_embeddings`.
+        InvalidInputError: If a column is missing or holds something else, there are no rows, or
+            the model has positions and nothing says in which order the rows are; and see
+            `ChunkIndex.from_embeddings`.
     """
     ray_options = getattr(getattr(dataset, "context", None), "execution_options", None)
     kept = getattr(ray_options, "preserve_order", True)
@@ -171,7 +179,7 @@ def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> 
         )
     texts: list[str] = []
     metadatas: list[dict[str, Any]] = []
-    ids: list[str] = []
+    ids: list[str | None] = []
     parts: list[NDArray[np.float32]] = []
     places: list[NDArray[Any]] = []
     needed = ("text", "embedding", *([] if order_by is None else [order_by]))
@@ -181,14 +189,14 @@ def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> 
             places.append(np.asarray(batch[order_by]))
         parts.append(np.stack(list(batch["embedding"])).astype(np.float32, copy=False))
         others = [name for name in batch if name not in ("id", "text", "embedding")]
-        texts += map(str, batch["text"])
-        ids += map(str, batch.get("id", ()))
+        texts += _texts(batch)
+        ids += _ids(batch)
         metadatas += _rows(batch, others)
     if not texts:
         raise InvalidInputError("The dataset has no rows; give at least one text.")
     embeddings = np.concatenate(parts)
     if places:
-        order = np.argsort(np.concatenate(places), kind="stable")
+        order = np.argsort(_numbers(np.concatenate(places), str(order_by)), kind="stable")
         embeddings = embeddings[order]
         texts, metadatas = [texts[i] for i in order], [metadatas[i] for i in order]
         ids = [ids[i] for i in order] if ids else ids
@@ -196,11 +204,54 @@ def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> 
     return ChunkIndex.from_embeddings(chunks, embeddings, model=model)
 
 
+def _texts(batch: Batch) -> list[str]:
+    texts: list[Any] = batch["text"].tolist()
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise InvalidInputError(
+            f"The column text holds {wrong[0]!r}, which is no text; leave such rows out."
+        )
+    return texts
+
+
+def _ids(batch: Batch) -> list[str | None]:
+    """The ids of a batch as texts, ``None`` for rows without; [] without the column."""
+    ids: list[Any] = batch["id"].tolist() if "id" in batch else []
+    if wrong := [id_ for id_ in ids if not isinstance(id_, (str, int, type(None)))]:
+        raise InvalidInputError(
+            f"The column id holds {wrong[0]!r}; give texts or integers (a column of integers in "
+            "which one is missing becomes one of floats)."
+        )
+    return [None if id_ is None else str(id_) for id_ in ids]
+
+
+def _numbers(places: NDArray[Any], name: str) -> NDArray[Any]:
+    """What chunks are ordered by, if that is numbers or times."""
+    if places.dtype == object:
+        places = np.array(places.tolist())
+    if places.dtype.kind not in "iufM" or np.isnan(places).any():
+        raise InvalidInputError(
+            f"The column {name} must hold a number or a time for every row, to put chunks in order."
+        )
+    return places
+
+
 def _rows(batch: Batch, names: list[str]) -> list[dict[str, Any]]:
-    """Some columns row by row, NumPy's numbers as Python's own."""
-    values = zip(*(batch[name].tolist() for name in names), strict=True)
+    """Some columns row by row, NumPy's values as Python's own."""
+    values = zip(*(_plain(batch[name]) for name in names), strict=True)
     rows = [dict(zip(names, row, strict=True)) for row in values]
     return rows or [{} for _ in batch["text"]]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        if value.dtype.kind == "M":  # nanoseconds would become integers
+            value = np.datetime_as_string(np.asarray(value))
+        value = value.tolist()
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return value.isoformat() if isinstance(value, (date, time)) else value
 
 
 def _check_columns(columns: list[str], needed: tuple[str, ...]) -> None:

@@ -59,18 +59,18 @@ class Collector:
     def __init__(self, model: QRAGModel) -> None:
         self._model = weakref.ref(model)
         self._lock = threading.Lock()
-        self._busy = False  # one call leads
+        self._leader: _Call | None = None
         self._waiting: list[_Call] = []
 
     def encode_states(self, states: Sequence[State]) -> NDArray[np.float32]:
         """As `QRAGModel.encode_states`; an error in one call is no other's."""
         call = _Call(states)
-        with self._lock:
-            self._waiting.append(call)
-            if not self._busy:
-                self._busy = True
-                call.awake.set()
         try:
+            with self._lock:
+                self._waiting.append(call)
+                if self._leader is None:
+                    self._leader = call
+                    call.awake.set()
             call.awake.wait()
             if not call.done:
                 self._lead(call)
@@ -84,9 +84,10 @@ class Collector:
 
     def _lead(self, own: _Call) -> None:
         """Encode for everyone who waits, then let another lead."""
-        with self._lock:
-            calls, self._waiting = self._waiting, []
+        calls: list[_Call] = []
         try:
+            with self._lock:
+                calls, self._waiting = self._waiting, []
             self._encode(calls)
         finally:
             with self._lock:  # an interrupt concerns this thread alone: the others try again
@@ -119,14 +120,13 @@ class Collector:
         with self._lock:
             if call in self._waiting:
                 self._waiting.remove(call)
-                if call.awake.is_set():
-                    self._hand_over()
+            if self._leader is call:
+                self._hand_over()
 
     def _hand_over(self) -> None:
-        if self._waiting:
-            self._waiting[0].awake.set()
-        else:
-            self._busy = False
+        self._leader = self._waiting[0] if self._waiting else None
+        if self._leader is not None:
+            self._leader.awake.set()
 
 
 _collectors: weakref.WeakKeyDictionary[QRAGModel, Collector] = weakref.WeakKeyDictionary()

@@ -78,6 +78,7 @@ def unpack(source: Path, target: Path) -> None:
     for name in digests.keys() - {WEIGHTS}:
         _copy_file(source / firsts[digests[name]], target / name)
     for name, tensors in _encoders(source / WEIGHTS).items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, target / name, metadata={"format": "pt"})
 
 
@@ -109,6 +110,8 @@ def check_manifest(folder: Path) -> dict[str, str]:
         raise ModelFormatError(f"{folder} has no {MANIFEST}; copy or install the model again.")
     try:
         digests: dict[str, str] = dict(json.loads(file.read_text(encoding="utf-8")).items())
+        if odd := [name for name in digests if PurePosixPath(name).as_posix() != name]:
+            raise ValueError(f"{odd[0]!r} is no name of a file")
         stored = {folder / name for name in _firsts(digests).values()}
         repeated = {folder / name for name in digests if (folder / name).exists()}
     except (ValueError, AttributeError, TypeError) as error:

@@ -33,7 +33,7 @@ def read_document(document: Document) -> dict[str, Any]:
     metadata = copy.deepcopy(document.metadata)
     source = None
     if type(document) is not Document:
-        source = document.model_copy(update={"metadata": metadata})
+        source = document.model_copy(update={**_own_fields(document), "metadata": metadata})
     return {"text": document.page_content, "metadata": metadata, "source": source}
 
 
@@ -65,5 +65,11 @@ def document_from_chunk(chunk: Chunk) -> Document:
     if is_document(chunk.source):
         if isinstance(chunk, Candidate):
             del fields["id"]
-        return chunk.source.model_copy(update=fields)
+        return chunk.source.model_copy(update={**_own_fields(chunk.source), **fields})
     return Document(**fields)
+
+
+def _own_fields(document: Document) -> dict[str, Any]:
+    """Copies of the fields that a subclass adds."""
+    names = set(type(document).model_fields) - {"id", "page_content", "metadata", "type"}
+    return {name: copy.deepcopy(getattr(document, name)) for name in names}

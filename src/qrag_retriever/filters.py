@@ -97,8 +97,11 @@ class _Test:
     operator: str
     value: Any
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "value", _listed(self.value))
+
     def holds(self, metadata: Mapping[str, Any]) -> bool | None:
-        found = metadata.get(self.name, _MISSING)
+        found = _listed(metadata.get(self.name, _MISSING))
         if self.operator == "is_empty":
             return found is _MISSING or found is None or found == "" or found == []
         if found is _MISSING:
@@ -152,6 +155,11 @@ _Condition = _Test | _All | _Not
 
 def _any(parts: tuple[_Condition, ...]) -> _Condition:
     return _Not(_All(tuple(_Not(part) for part in parts)))
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as lists, which is what a saved index makes of them."""
+    return [_listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _text_match(found: Any, wanted: str) -> bool:

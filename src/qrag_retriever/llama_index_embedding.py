@@ -52,7 +52,8 @@ class QRAGEmbedding(BaseEmbedding):
         self._model = loaded
 
     def __reduce__(self) -> tuple[Any, ...]:
-        settings = {"model_name": self.model_name, "embed_batch_size": self.embed_batch_size}
+        names = self.model_fields_set - {"callback_manager"}
+        settings = {name: getattr(self, name) for name in names}
         return functools.partial(type(self), self._model, **settings), ()
 
     @property

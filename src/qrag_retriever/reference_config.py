@@ -130,7 +130,10 @@ class ReferenceConfig:
     def record(self) -> dict[str, Any]:
         """All settings as JSON, less the sections that may hold the trainer's keys and folders."""
         kept = {key: self._values[key] for key in self._values if key not in ("feedback", "logger")}
-        text = json.dumps(kept, default=str, ensure_ascii=False)
+        try:
+            text = json.dumps(kept, default=str, ensure_ascii=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ModelFormatError(f"{self._file} cannot be kept as JSON: {error}.") from error
         plain: dict[str, Any] = json.loads(text.replace("⟦", "${").replace("⟧", "}"))
         return plain
 
@@ -178,6 +181,10 @@ class ReferenceConfig:
             target = self._follow(reference[1])
             if target is _ABSENT or reference[0] == value:
                 return target
+            if isinstance(target, (Mapping, list)):
+                raise ModelFormatError(
+                    f"{self._file}: {reference[1]} stands in a text and is no single value."
+                )
             value = value.replace(reference[0], str(target))
         return value
 

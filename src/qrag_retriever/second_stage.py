@@ -22,6 +22,7 @@ from qrag_retriever.locks import Lock
 from qrag_retriever.model import resolve_model
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.snapshot import Snapshot
+from qrag_retriever.state import check_query
 from qrag_retriever.vectors import StoredVectors, checked_vectors
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class EmbeddingCache:
         with self._lock:
             if version == self._version:
                 for key in keys:
-                    self._kept[key] = known[key]
+                    # a row of its own, which does not keep the batch it came from
+                    self._kept[key] = known[key].copy() if key in new else known[key]
                     self._kept.move_to_end(key)
             while len(self._kept) > self.size:
                 self._kept.popitem(last=False)
@@ -242,6 +244,7 @@ class Selector:
         Raises:
             InvalidInputError: If the query is empty, or an item is of another type.
         """
+        check_query(query)
         engine = MultiStepRetriever(self.model, self._stage.having({query: items}))
         return engine.search(query, self.options)
 
@@ -252,13 +255,14 @@ class Selector:
 def _asking_for(base: Any, candidates: int) -> Any:
     """A copy of a retriever that returns so many, where it is of a kind that can be told."""
     fields = getattr(type(base), "model_fields", {})
+    own: dict[str, Any] = {"k": candidates} if "k" in fields else {}
     if "search_kwargs" in fields:
         given = {**base.search_kwargs, "k": candidates}
         if getattr(base, "search_type", None) == "mmr":  # it chooses k of so many
             given["fetch_k"] = max(candidates, given.get("fetch_k", 0))
-        return base.model_copy(update={"search_kwargs": given})
-    if "k" in fields:
-        return base.model_copy(update={"k": candidates})
+        own["search_kwargs"] = given
+    if own:
+        return base.model_copy(update=own)
     if hasattr(base, "similarity_top_k"):
         base = copy.copy(base)
         base.similarity_top_k = candidates

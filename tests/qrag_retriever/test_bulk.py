@@ -148,3 +148,56 @@ def test_two_workers_of_which_one_is_killed(
     assert [chunk.text for chunk in index.snapshot().chunks] == TEXTS
     expected = tiny_model.encode_actions(TEXTS)
     np.testing.assert_allclose(index.snapshot().embeddings, expected, atol=1e-6)
+
+
+def objects(*values: Any) -> np.ndarray:
+    return np.array([*values, None], dtype=object)[:-1]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"id": objects("x", None), "text": objects("one", "two")}, "has no id"),
+        ({"id": np.array([1.0, np.nan]), "text": objects("one", "two")}, "column id holds 1.0"),
+        ({"id": objects("x", "y"), "text": objects("one", None)}, "column text holds None"),
+    ],
+)
+def test_rows_without_id_or_text_are_refused(columns: dict[str, Any], message: str) -> None:
+    store = Store()
+    with pytest.raises(InvalidInputError, match=message):
+        StoreWriter(lambda: store)(columns)
+    assert not store.kept
+
+
+def test_ids_that_are_missing_are_made_from_the_texts(tiny_model: QRAGModel) -> None:
+    batch = {"text": np.array(TEXTS[:2]), "embedding": tiny_model.encode_actions(TEXTS[:2])}
+    index = index_of(Rows({**batch, "id": objects("a", None)}), tiny_model)
+    made = ChunkIndex.from_texts(TEXTS[:2], model=tiny_model).snapshot().chunks[1].id
+    assert [chunk.id for chunk in index.snapshot().chunks] == ["a", made]
+
+
+@pytest.mark.parametrize(
+    "places", [np.array(["2", "10", "1"]), objects(2, None, 1), np.array([2.0, np.nan, 1.0])]
+)
+def test_what_chunks_are_ordered_by_is_a_number(tiny_model: QRAGModel, places: np.ndarray) -> None:
+    texts = TEXTS[:3]
+    batch = {"text": np.array(texts), "embedding": tiny_model.encode_actions(texts), "n": places}
+    with pytest.raises(InvalidInputError, match="column n must hold a number or a time"):
+        index_of(Rows(batch), tiny_model, order_by="n")
+    for good in (objects(2, 3, 1), np.array(["2020", "2021", "2019"], dtype="datetime64[ns]")):
+        index = index_of(Rows({**batch, "n": good}), tiny_model, order_by="n")
+        assert [c.text for c in index.snapshot().chunks] == [texts[i] for i in (2, 0, 1)]
+
+
+def test_metadata_of_bulk_can_be_saved(tiny_model: QRAGModel, tmp_path: Path) -> None:
+    batch = {
+        "text": np.array(TEXTS[:2]),
+        "embedding": tiny_model.encode_actions(TEXTS[:2]),
+        "tags": objects(np.array(["a", "b"]), np.array(["c"])),
+        "when": np.array(["2020-01-01", "2021-02-03T04:05"], dtype="datetime64[ns]"),
+    }
+    index = index_of(Rows(batch), tiny_model)
+    index.save(tmp_path)
+    chunks = ChunkIndex.load(tmp_path, model=tiny_model).snapshot().chunks
+    assert [chunk.metadata["tags"] for chunk in chunks] == [["a", "b"], ["c"]]
+    assert chunks[1].metadata["when"].startswith("2021-02-03T04:05:00")

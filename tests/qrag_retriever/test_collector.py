@@ -105,7 +105,7 @@ def test_an_interrupt_stops_one_thread_alone(encoder):
     first, *others = outcomes(encoder, collector, ("1",), ("2",), ("3",))
     assert isinstance(first, KeyboardInterrupt)
     assert others == [[2], [3]]
-    assert not collector._busy
+    assert collector._leader is None
 
 
 def test_many_threads_get_what_is_theirs(encoder):
@@ -115,7 +115,7 @@ def test_many_threads_get_what_is_theirs(encoder):
     for n, (thread, outcome) in enumerate(calls):
         thread.join(LONG)
         assert outcome == [[100 * n + i for i in range(n % 4 + 1)]]
-    assert not collector._busy
+    assert collector._leader is None
     assert not collector._waiting
 
 
@@ -196,3 +196,24 @@ def test_a_search_alone_encodes_once_a_step():
     options = SearchOptions(k=3)
     MultiStepRetriever(model, make_index(model)).search(QUERIES[0], options)
     assert counted.sizes == [1, 1, 1]
+
+
+def test_an_interrupt_while_a_call_is_appointed_leaves_nobody_waiting(encoder, monkeypatch):
+    encoder.released.set()
+    collector = Collector(encoder)
+    original = threading.Event.set
+    interrupted = []
+
+    def interrupt_once(event):
+        if not interrupted:
+            interrupted.append(event)
+            raise KeyboardInterrupt
+        original(event)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Event, "set", interrupt_once)
+        with pytest.raises(KeyboardInterrupt):
+            collector.encode_states([("1", [])])
+    thread, outcome = ask(collector, "2")
+    thread.join(LONG)
+    assert outcome == [[2.0]]

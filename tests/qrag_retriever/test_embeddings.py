@@ -49,6 +49,8 @@ async def test_llama_index():
     same(embedding.get_text_embedding_batch(TEXTS), ACTIONS)
     same(await embedding.aget_text_embedding_batch(TEXTS), ACTIONS)
     assert "weight" not in str(embedding.to_dict())
+    copied = pickle.loads(pickle.dumps(QRAGEmbedding(MODEL, embed_batch_size=4, num_workers=3)))
+    assert (copied.embed_batch_size, copied.num_workers) == (4, 3)
 
 
 def test_nodes_are_embedded_by_what_they_show_to_an_embedder():

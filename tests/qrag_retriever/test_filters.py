@@ -322,3 +322,16 @@ def test_equal_filters_have_equal_keys_and_others_do_not() -> None:
     assert len({compiled(filter_).key for filter_ in filters}) == len(filters)
     assert compiled({"a": bytearray(b"x")}).key is None
     assert compiled(llama(value=1)).key == compiled({"k": 1}).key
+
+
+@pytest.mark.parametrize("found", [("x", "y"), ["x", "y"]])
+@pytest.mark.parametrize("wanted", [("x", "y"), ["x", "y"]])
+def test_tuples_are_lists_as_in_a_saved_index(found, wanted):
+    metadata = {"p": found}
+    for filter_, passes in (
+        ({"p": wanted}, True),
+        ({"p": {"$ne": wanted}}, False),
+        ({"p": {"$in": [wanted, "z"]}}, True),
+        ({"p": {"$nin": [wanted]}}, False),
+    ):
+        assert compile_filter(filter_).matches(metadata) is passes

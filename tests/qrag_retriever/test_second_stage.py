@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llama_index.core.base.base_retriever import BaseRetriever as LlamaIndexBase
 from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import NodeRelationship, NodeWithScore, RelatedNodeInfo, TextNode
+from pydantic import Field
 
 from qrag_retriever import (
     QRAGDocumentCompressor,
@@ -339,3 +341,26 @@ def test_settings_of_compressor_and_postprocessor(kind):
         kind(MODEL, k=0)
     with pytest.raises(ConfigError, match="second stage"):
         kind(shared_model("relative"))
+
+
+def test_a_retriever_with_settings_in_both_places_is_asked_for_so_many():
+    class Both(LangChainBase):
+        search_kwargs: dict[str, Any] = Field(default_factory=lambda: {"k": 100})
+        k: int = 4
+
+        def _get_relevant_documents(self, query, *, run_manager):
+            return documents()[: min(self.k, self.search_kwargs["k"])]
+
+    retriever = QRAGRetriever.from_retriever(Both(), model=MODEL, candidates=6)
+    assert retriever.search(QUERY).n_candidates == 6
+
+
+def test_a_kept_embedding_does_not_keep_its_batch():
+    cache = EmbeddingCache(MODEL)
+    cache.embed(TEXTS)
+    assert all(vector.base is None for vector in cache._kept.values())
+
+
+def test_a_query_for_the_compressor_is_a_text():
+    with pytest.raises(InvalidInputError, match="A query is a str"):
+        QRAGDocumentCompressor(MODEL).compress_documents(documents(), ["q"])

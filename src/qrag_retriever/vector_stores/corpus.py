@@ -160,14 +160,15 @@ class _StoreCandidates:
 
     def place(self, number: int) -> int:
         """See `Candidates`."""
-        return _place(self._seen[number])
+        hit = self._seen[number]
+        return _place(hit) if hit.row is None else hit.row
 
     def position(self, number: int, before: Sequence[int]) -> float:
         """See `Candidates`."""
         if self.n is None:
             return 0.0
-        places = [self.place(other) for other in before]
-        return self._scheme.position(self.n, places, self.place(number))
+        places = [_place(self._seen[other]) for other in before]
+        return self._scheme.position(self.n, places, _place(self._seen[number]))
 
     def _found(
         self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
@@ -206,7 +207,7 @@ class _StoreCandidates:
         needed = self._breadth + len(self._left_out) + len(retrieved)
         if self.n is None:
             return [Request(state, needed + 1, needed=needed)]
-        runs = self._scheme.runs(self.n, [self.place(number) for number in retrieved])
+        runs = self._scheme.runs(self.n, [_place(self._seen[number]) for number in retrieved])
         turned = rotate(
             torch.from_numpy(state)[None], -torch.from_numpy(runs.first), self._config.rotary_base
         ).numpy()

@@ -84,7 +84,7 @@ class _Faiss(Store):
                     "The FAISS index was changed during the search; search again."
                 )
             number = row if self._rows is None else int(np.searchsorted(self._rows, row))
-            hits.append(Hit(chunk, number, score))
+            hits.append(Hit(chunk, number, score, row))
         return hits
 
     def _settings(self, numbers: tuple[int, int] | None) -> dict[str, Any]:

@@ -36,11 +36,19 @@ class Request(NamedTuple):
 
 
 class Hit(NamedTuple):
-    """A chunk found, its number in the document if that is known, and the store's own score."""
+    """A chunk found.
+
+    Attributes:
+        chunk: The chunk.
+        number: Its number among the chunks that pass the filter, if that is known.
+        score: The store's own score.
+        row: Its number among all chunks, where that is another.
+    """
 
     chunk: Chunk
     number: int | None
     score: float
+    row: int | None = None
 
 
 class Store(ABC):
