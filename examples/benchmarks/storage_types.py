@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from qrag_retriever import ChunkIndex, SearchOptions
 from qrag_retriever.engine import MultiStepRetriever
-from qrag_retriever.model import resolve_model
+from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.vectors import StorageType
 from qrag_train.data import BackgroundText
 from qrag_train.data.sample import FixedSamples

@@ -26,7 +26,7 @@ import numpy as np
 from machine import parse_run, report
 
 from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever
-from qrag_retriever.model import resolve_model
+from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.vectors import StorageType
 from qrag_train.data import BabiSimulator, BackgroundText, SupportSample
 

@@ -19,7 +19,8 @@ from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
 from qrag_retriever.index import ChunkIndex
-from qrag_retriever.model import QRAGModel, resolve_model
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.second_stage import SecondStage

@@ -245,7 +245,9 @@ def _rows(batch: Batch, names: list[str]) -> list[dict[str, Any]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind == "M":  # nanoseconds would become integers
-            value = np.datetime_as_string(np.asarray(value))
+            times: NDArray[np.datetime64] = np.asarray(value)
+            value = np.datetime_as_string(times).astype(object)
+            value[np.isnat(times)] = None
         value = value.tolist()
     if isinstance(value, list):
         return [_plain(entry) for entry in value]

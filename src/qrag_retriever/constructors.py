@@ -10,7 +10,8 @@ from typing_extensions import Self
 
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.index import ChunkIndex
-from qrag_retriever.model import QRAGModel, resolve_model
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.second_stage import SecondStage
 from qrag_retriever.vectors import StorageType
 

@@ -18,7 +18,7 @@ from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.index_change import IndexChange
 from qrag_retriever.locks import Lock
-from qrag_retriever.model import resolve_model
+from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.saved_index import SavedIndex, load_again
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.storage import IndexContent, read_index, write_index

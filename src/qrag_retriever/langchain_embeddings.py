@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from langchain_core.embeddings import Embeddings
 
-from qrag_retriever.model import resolve_model
+from qrag_retriever.model_choice import resolve_model
 
 if TYPE_CHECKING:
     from qrag_retriever.model import QRAGModel

@@ -26,7 +26,8 @@ from qrag_retriever.constructors import ALIASES, resolve_aliases
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.index import ChunkIndex
-from qrag_retriever.model import QRAGModel, resolve_model
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.nodes import node_from_chunk
 from qrag_retriever.search import SearchOptions
 

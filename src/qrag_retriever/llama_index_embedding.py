@@ -10,7 +10,8 @@ from typing import Any
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from pydantic import PrivateAttr
 
-from qrag_retriever.model import QRAGModel, resolve_model
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.model_choice import resolve_model
 
 _NAMELESS = "QRAGModel"
 

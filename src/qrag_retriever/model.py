@@ -17,7 +17,8 @@ from qrag_retriever import model_files
 from qrag_retriever.compiled import check_backend
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.encoder import Encoder, WarnOnce, is_normalized, with_pooling
-from qrag_retriever.errors import ConfigError, InvalidInputError, TruncationWarning
+from qrag_retriever.errors import ConfigError, TruncationWarning
+from qrag_retriever.fingerprint import Names, read_names
 from qrag_retriever.state import StateLayout, check_chunks, check_query
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class QRAGModel(nn.Module):
         folder = model_files.find(path, revision, token, local_files_only=local_files_only)
         config, states, actions = model_files.load(folder, trust_remote_code=trust_remote_code)
         model = cls(Encoder(states, config.scale), Encoder(actions, config.scale), config)
-        names = model_files.read_names(folder)
+        names = read_names(folder)
         if names is not None and names.weights == model.fingerprint:
             model._kept_fingerprint = names.fingerprint
         return model.place(device, dtype, backend)
@@ -378,10 +379,10 @@ class QRAGModel(nn.Module):
         """Forget which full weights those in half precision were rounded from."""
         self._kept_fingerprint = None
 
-    def _names(self) -> model_files.Names | None:
+    def _names(self) -> Names | None:
         if self._kept_fingerprint is None:
             return None
-        return model_files.Names(self._own_fingerprint(), self._kept_fingerprint)
+        return Names(self._own_fingerprint(), self._kept_fingerprint)
 
     @property
     def _chunk_limit(self) -> int:
@@ -407,27 +408,3 @@ class QRAGModel(nn.Module):
                     f"{name}={limit} exceeds the {encoder.window} tokens the encoder can read; "
                     f"give at most {encoder.window}."
                 )
-
-
-def resolve_model(model: QRAGModel | str | Path | None) -> QRAGModel:
-    """The model that a user names in any of the ways a retriever accepts.
-
-    Args:
-        model: A model; folder or hub name of a Q-RAG model, or of an embedder to use untrained;
-            ``None``: multihop-en, which comes with the package.
-
-    Raises:
-        InvalidInputError: If it is something else.
-        ModelFormatError: If it cannot be loaded.
-    """
-    if isinstance(model, QRAGModel):
-        return model
-    if model is None:
-        model = model_files.default_model()
-    if not isinstance(model, (str, Path)):
-        raise InvalidInputError(
-            f"A model is a QRAGModel, a folder or a hub name, not {type(model).__name__}; for an "
-            "embedder of a framework give the folder or name it was loaded from."
-        )
-    trained = model_files.is_qrag_model(model)
-    return (QRAGModel.from_pretrained if trained else QRAGModel.from_encoder)(model)

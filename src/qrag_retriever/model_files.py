@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -24,7 +24,9 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 
 from qrag_retriever import compact, offline
 from qrag_retriever.config import QRAGConfig
-from qrag_retriever.errors import InvalidInputError, ModelFormatError, UnsafeModelError
+from qrag_retriever.errors import InvalidInputError, ModelFormatError
+from qrag_retriever.fingerprint import Names, write_names
+from qrag_retriever.model_trust import refuse_code, refuse_custom_classes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -32,15 +34,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG_FILE = "qrag_config.json"
-_NAMES_FILE = "fingerprint.json"
 
 # The model that a retriever takes if none is named: one of those that come with the package.
 DEFAULT_MODEL = "multihop-en"
 # Those models, in compact form.
 _PACKAGED = Path(__file__).with_name("models")
 
-_CODE = {".py", ".pyc", ".so", ".dll"}
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
 # what a damaged or foreign file makes the loading libraries raise
 _LOAD_ERRORS = (
     OSError,
@@ -80,18 +79,6 @@ encoder, `encode_document` the action encoder.
 """
 
 
-class Names(NamedTuple):
-    """What weights in half precision are called, so that indexes of the full ones stay theirs.
-
-    Attributes:
-        weights: Fingerprint that the weights have by themselves.
-        fingerprint: That of the full weights they were rounded from.
-    """
-
-    weights: str
-    fingerprint: str
-
-
 def default_device() -> str:
     """The device to compute on: a GPU if there is one."""
     if torch.cuda.is_available():
@@ -118,7 +105,7 @@ def load_embedder(
     if Path(name, CONFIG_FILE).is_file():
         raise ModelFormatError(f"{name} is a Q-RAG model; load it with QRAGModel.from_pretrained.")
     if Path(name).is_dir() and not trust_remote_code:
-        _refuse_custom_classes(Path(name))
+        refuse_custom_classes(Path(name))
     try:
         return SentenceTransformer(
             name,
@@ -216,7 +203,7 @@ def load(
     text = (folder / CONFIG_FILE).read_text(encoding="utf-8", errors="replace")
     config = QRAGConfig.from_json(text)
     if not trust_remote_code:
-        _refuse_code(folder)
+        refuse_code(folder)
     try:
         loaded = SentenceTransformer(
             str(folder),
@@ -313,24 +300,6 @@ def push(
     return str(commit.commit_url)
 
 
-def read_names(folder: Path) -> Names | None:
-    """What `saving` wrote of weights in half precision; ``None`` for others.
-
-    Raises:
-        ModelFormatError: If the file is damaged.
-    """
-    file = folder / _NAMES_FILE
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return Names(str(values["weights"]), str(values["fingerprint"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelFormatError(
-            f"{file} is damaged ({error!r}). Copy or download the model again."
-        ) from error
-
-
 def _write(
     model: SentenceTransformer,
     config: QRAGConfig,
@@ -341,7 +310,7 @@ def _write(
     model.save_pretrained(str(folder), create_model_card=False)
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
     if names is not None:
-        (folder / _NAMES_FILE).write_text(json.dumps(names._asdict(), indent=2), encoding="utf-8")
+        write_names(folder, names)
     card = _CARD.format(name=name, settings=config.to_json())
     (folder / "README.md").write_text(card, encoding="utf-8")
     for file in folder.rglob("*"):
@@ -352,42 +321,6 @@ def _write(
 
 def _in_use(path: Path) -> bool:
     return path.is_file() or any(path.iterdir())
-
-
-def _refuse_code(folder: Path) -> None:
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in _CODE | _PICKLES:
-            kind = "code" if file.suffix.lower() in _CODE else "a pickle"
-            raise UnsafeModelError(
-                f"{folder} holds {kind} ({file.relative_to(folder)}) and is not loaded. Remove "
-                "the file, or pass trust_remote_code=True if you trust whoever made the model."
-            )
-    _refuse_custom_classes(folder)
-
-
-def _refuse_custom_classes(folder: Path) -> None:
-    for file in sorted(folder.rglob("*.json")):
-        if file.name in ("config.json", "modules.json", "router_config.json"):
-            for name in _custom_classes(file):
-                raise UnsafeModelError(
-                    f"{file.relative_to(folder)} in {folder} asks for the class {name!r}, code "
-                    "that comes with the model. Pass trust_remote_code=True if you trust whoever "
-                    "made it."
-                )
-
-
-def _custom_classes(file: Path) -> list[str]:
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, list):
-            own, types = [], [module["type"] for module in content]
-        else:
-            own = list((content.get("auto_map") or {}).values())
-            types = list((content.get("types") or {}).values())
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ModelFormatError(f"{file} is damaged: {error}. Copy or download it again.") from error
-    own += [name for name in types if not str(name).startswith("sentence_transformers.")]
-    return list(map(str, own))
 
 
 def _check_weights(folder: Path, routes: Mapping[str, Sequence[nn.Module]]) -> None:

@@ -19,7 +19,7 @@ from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import ConfigError, InvalidInputError
 from qrag_retriever.locks import Lock
-from qrag_retriever.model import resolve_model
+from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.state import check_query

@@ -171,8 +171,8 @@ def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int
                 changed.append(card.name)
             else:
                 warnings.warn(
-                    f"{Path(folder) / card.name} was edited and stays as it is; what it says of "
-                    "the threshold may be outdated.",
+                    f"{Path(folder) / card.name} was edited and stays as it is; correct what it "
+                    "says of the threshold by hand.",
                     stacklevel=2,
                 )
         if compact.is_compact(new):

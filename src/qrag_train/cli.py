@@ -55,7 +55,7 @@ def evaluate(
         output: The JSON file.
         source: What kind of file it is.
     """
-    from qrag_retriever.model import resolve_model
+    from qrag_retriever.model_choice import resolve_model
     from qrag_train.report import markdown, reports
 
     _refuse_below_one(k=k, beams=beams)

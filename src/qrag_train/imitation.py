@@ -38,7 +38,9 @@ def candidates(sample: SupportSample, negatives: int, rng: np.random.Generator) 
     seen = {sample.chunks[i] for i in sample.support}
     drawn: list[int] = []
     for i in rng.permutation(others).tolist():
-        if len(drawn) < negatives and sample.chunks[i] not in seen:
+        if len(drawn) == negatives:
+            break
+        if sample.chunks[i] not in seen:
             seen.add(sample.chunks[i])
             drawn.append(i)
     return [*sample.support, *drawn]

@@ -194,10 +194,11 @@ def test_metadata_of_bulk_can_be_saved(tiny_model: QRAGModel, tmp_path: Path) ->
         "text": np.array(TEXTS[:2]),
         "embedding": tiny_model.encode_actions(TEXTS[:2]),
         "tags": objects(np.array(["a", "b"]), np.array(["c"])),
-        "when": np.array(["2020-01-01", "2021-02-03T04:05"], dtype="datetime64[ns]"),
+        "when": np.array(["NaT", "2021-02-03T04:05"], dtype="datetime64[ns]"),
     }
     index = index_of(Rows(batch), tiny_model)
     index.save(tmp_path)
     chunks = ChunkIndex.load(tmp_path, model=tiny_model).snapshot().chunks
     assert [chunk.metadata["tags"] for chunk in chunks] == [["a", "b"], ["c"]]
+    assert chunks[0].metadata["when"] is None
     assert chunks[1].metadata["when"].startswith("2021-02-03T04:05:00")

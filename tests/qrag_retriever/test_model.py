@@ -20,7 +20,8 @@ from qrag_retriever.errors import (
     ModelFormatError,
     TruncationWarning,
 )
-from qrag_retriever.model import QRAGModel, resolve_model
+from qrag_retriever.model import QRAGModel
+from qrag_retriever.model_choice import resolve_model
 
 QUERY = "Where is the milk?"
 CHUNKS = ["Mary took the milk.", "John went to the garden.", "", "Mary moved to the office."]
