@@ -37,7 +37,13 @@ from qrag_retriever import QRAGConfig, QRAGModel, SearchOptions, compact
 from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import Beam
 from qrag_train.balance import balance
-from qrag_train.calibration import Calibration, choose_threshold, judge_thresholds, write_threshold
+from qrag_train.calibration import (
+    Calibration,
+    choose_threshold,
+    judge_thresholds,
+    model_config,
+    write_threshold,
+)
 from qrag_train.card import model_card
 from qrag_train.data import FixedSamples, SupportSample
 from qrag_train.data.source import SourceConfig
@@ -75,6 +81,8 @@ def main() -> None:
         if len(parts) > 1 or options.set:
             describe(plain / CONFIG_FILE, options, judge(beams, supports, budget))
         chosen = calibrated(beams, supports, options.keep_em)
+        card = model_card(plain.name, model_config(plain))
+        (plain / "README.md").write_text(card, encoding="utf-8")
         write_threshold(plain, chosen, budget)
         pack(plain, small)
         target = MODELS / options.name
@@ -200,10 +208,7 @@ def describe(file: Path, options: argparse.Namespace, found: dict[str, float]) -
         "updates": sum(updates(run, options.last) for run in options.runs),
         "figures": {name: found[name] for name in ("fact_em", "fact_f1")},
     }
-    config = config.replace(training=training)
-    file.write_text(config.to_json(), encoding="utf-8")
-    card = file.with_name("README.md")
-    card.write_text(model_card(file.parent.name, config), encoding="utf-8")
+    file.write_text(config.replace(training=training).to_json(), encoding="utf-8")
 
 
 def updates(run: RunFolder, last: bool) -> int:

@@ -18,7 +18,6 @@ from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.index_change import IndexChange
 from qrag_retriever.locks import Lock
-from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.saved_index import SavedIndex, load_again
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.storage import IndexContent, read_index, write_index
@@ -394,4 +393,8 @@ class ChunkIndex(Corpus):
 
 def _embedder(model: QRAGModel | str | Path | None) -> QRAGModel:
     """A model as it is; one that is named, or none, as `resolve_model`."""
-    return cast("QRAGModel", model) if hasattr(model, "encode_actions") else resolve_model(model)
+    if hasattr(model, "encode_actions"):
+        return cast("QRAGModel", model)
+    from qrag_retriever.model_choice import resolve_model  # loads torch
+
+    return resolve_model(model)

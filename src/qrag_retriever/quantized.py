@@ -59,9 +59,9 @@ class QuantizedRows:
     def __getitem__(self, rows: slice | Tensor) -> QuantizedRows:
         return QuantizedRows(self.values[rows], self.scales[rows])
 
-    def float(self) -> Tensor:
-        """The rows in float32."""
-        return self.values.float().mul_(self.scales[:, None])
+    def float(self, out: Tensor | None = None) -> Tensor:
+        """The rows in float32, in ``out`` if that is given."""
+        return torch.mul(self.values, self.scales[:, None], out=out)
 
     def products(self, edges: NDArray[np.int64], parts: Tensor, steps: Tensor) -> Tensor:
         """The product of each row with the vectors of its stretch, computed in integers.

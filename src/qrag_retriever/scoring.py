@@ -352,7 +352,7 @@ class _Corpus:
             self._converted = torch.empty(block.shape, device=block.device)
         result = self._converted[: len(block)]
         if isinstance(block, QuantizedRows):
-            return torch.mul(block.values, block.scales[:, None], out=result)
+            return block.float(out=result)
         return result.copy_(block)
 
     def _index(self, rows: NDArray[np.int64]) -> Tensor:

@@ -87,9 +87,9 @@ def test_the_corpus_is_never_converted_as_a_whole():
     matrix, most = rows(30_000, 64), []
     convert = QuantizedRows.float
 
-    def record(self: QuantizedRows) -> torch.Tensor:
+    def record(self: QuantizedRows, out: torch.Tensor | None = None) -> torch.Tensor:
         most.append(len(self))
-        return convert(self)
+        return convert(self, out)
 
     schemes = [PositionScheme("none"), PositionScheme("relative"), PositionScheme("absolute")]
     for integers in (True, False):
