@@ -38,7 +38,7 @@ def main() -> None:
         for dtype in options.types
         for row in many_at_once(positions, dtype, options)
     ]
-    rows += [concurrent(options), encoding_share(options)]
+    rows += [encoder_alone(options), concurrent(options), encoding_share(options)]
     for row in rows:
         print(*(f"{name}: {value}" for name, value in row.items()), sep="  ")
     if options.json:
@@ -119,6 +119,25 @@ def many_at_once(
             "batch_times_faster": round(seconds["one by one"] / seconds["batch"], 2),
             "four_beams_times_one": round(seconds["four beams"] / seconds["one beam"], 2),
         }
+
+
+def encoder_alone(options: argparse.Namespace) -> dict[str, Any]:
+    """The encoder passes of a batch beside those of its queries one by one: the most it saves."""
+    retriever, queries = make("none", "float32", options.few_chunks, options)
+    found = [step.chunk.text for step in retriever.search(queries[0])]
+    steps = [[(query, found[:number]) for query in queries] for number in range(len(found))]
+    encode = retriever.model.encode_states
+    calls = {
+        "one by one": lambda: [encode([state]) for states in steps for state in states],
+        "batch": lambda: [encode(states) for states in steps],
+    }
+    seconds = take_turns(calls, options.repetitions)
+    return {
+        "what": "encoder passes of a batch",
+        "queries": len(queries),
+        "steps": len(steps),
+        "batch_times_faster": round(seconds["one by one"] / seconds["batch"], 2),
+    }
 
 
 def concurrent(options: argparse.Namespace) -> dict[str, Any]:
