@@ -44,7 +44,7 @@ from bench import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qrag_train.calibration import choose_threshold
-from qrag_train.data import BackgroundText, FixedSamples, SupportSample, hide_story
+from qrag_train.data import BackgroundText, SupportSample, finite, hide_story
 from qrag_train.data.simulator import DROPS, GIVERS, MOVES, PEOPLE, TAKES
 from qrag_train.data.source import stories
 
@@ -136,9 +136,7 @@ def tasks(options: argparse.Namespace) -> list[Task]:
         raise SystemExit(f"Give --k once for each of {len(options.questions)} --questions.")
     found = []
     for file, k in zip(options.questions, budgets, strict=True):
-        source = stories(file)
-        endless = not isinstance(source, Sequence)
-        told = FixedSamples(source, 2 * options.count, options.seed) if endless else source
+        told = finite(stories(file), 2 * options.count, options.seed)
         found.append(Task(Path(file).stem.partition("_")[0], file, k, list(told)))
     return found
 

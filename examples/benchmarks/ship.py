@@ -45,7 +45,7 @@ from qrag_train.calibration import (
     write_threshold,
 )
 from qrag_train.card import model_card
-from qrag_train.data import FixedSamples, SupportSample
+from qrag_train.data import SupportSample, finite
 from qrag_train.data.source import SourceConfig
 from qrag_train.evaluation import judge, search_samples
 from qrag_train.run_folder import RunFolder, model_of
@@ -53,7 +53,6 @@ from qrag_train.run_folder import RunFolder, model_of
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ROOT / "src" / "qrag_retriever" / "models"
 LOGS = ROOT / "examples" / "benchmarks" / "results" / "models"
-_MADE = 200  # questions of a source that makes them up
 _CHUNKS = 5000  # to balance on
 
 
@@ -235,8 +234,7 @@ def questions(options: argparse.Namespace) -> list[SupportSample]:
         sources = yaml.safe_load(options.questions.read_text(encoding="utf-8"))
     found: list[SupportSample] = []
     for values in sources:
-        source = SourceConfig(**values).open()
-        found += source if isinstance(source, Sequence) else FixedSamples(source, _MADE, seed=0)
+        found += finite(SourceConfig(**values).open())
     return found
 
 

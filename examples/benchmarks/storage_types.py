@@ -23,7 +23,7 @@ from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.vectors import StorageType
 from qrag_train.data import BackgroundText
-from qrag_train.data.sample import FixedSamples
+from qrag_train.data.sample import finite
 from qrag_train.data.source import Format, SourceConfig
 from qrag_train.evaluation import EmbeddedTexts
 from qrag_train.metrics import retrieval_metrics
@@ -58,10 +58,8 @@ def questions(file: str, options: argparse.Namespace) -> Sequence[SupportSample]
     settings: dict[str, Any] = {"file": file, "format": options.format}
     if options.background:
         settings |= {"background": options.background, "sentences": (options.sentences,) * 2}
-    source: Any = SourceConfig(**settings).open()
-    if isinstance(source, Sequence):
-        return source[: options.questions]
-    return list(FixedSamples(source, options.questions, options.seed))
+    source = SourceConfig(**settings).open()
+    return finite(source, options.questions, options.seed)[: options.questions]
 
 
 def lasting_texts(background: str | None) -> Sequence[str]:

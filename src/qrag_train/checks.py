@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qrag_retriever.errors import ConfigError
 from qrag_train.data.candidates import twins
 from qrag_train.data.problems import Problems, unwritable
-from qrag_train.data.source import looked_at
+from qrag_train.data.sample import FixedSamples, finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -47,10 +47,11 @@ def check_run(data: SupportDataModule, budget: int) -> None:
     """
     train, val = data.sources("train"), data.sources("val")
     for config, source in train + val:
-        finite = isinstance(source, Sequence)
-        check_samples(config.file, looked_at(source), budget, unique=finite)
-        if finite:  # in stories the same happens twice
-            check_twins(config.file, looked_at(source))
+        told = finite(source)
+        from_file = not isinstance(told, FixedSamples)
+        check_samples(config.file, told, budget, unique=from_file)
+        if from_file:  # in stories the same happens twice
+            check_twins(config.file, told)
     for part in ("train", "val"):
         data.source(part)  # refuses weights that do not fit the sources
     for first, second in product(train, val):

@@ -15,7 +15,7 @@ from qrag_retriever.errors import (
     QRAGError,
 )
 from qrag_train.data.passages import pooled
-from qrag_train.data.sample import FixedSamples, SupportSample
+from qrag_train.data.sample import FixedSamples, SupportSample, finite
 from qrag_train.data.simulator import OBJECTS, PLACES
 from qrag_train.data.source import Format, SourceConfig
 from qrag_train.run_folder import model_of
@@ -207,12 +207,7 @@ def read_questions(
         unit, lengths = "tokens", tokens or [4096]
         common |= {"words": words, "questions": questions}
     else:
-        opened = SourceConfig(data, **common).open()
-        source: Sequence[SupportSample]
-        if isinstance(opened, Sequence):
-            source = opened
-        else:
-            source = list(FixedSamples(opened, samples or _MADE, seed=0))
+        source = finite(SourceConfig(data, **common).open(), samples or _MADE)
         return {name: (pooled(source) if pool else source)[:samples]}
     found: dict[str, Sequence[SupportSample]] = {}
     for length in lengths:

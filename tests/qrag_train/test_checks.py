@@ -22,8 +22,8 @@ from qrag_train.checks import (
 )
 from qrag_train.data.candidates import twins
 from qrag_train.data.datamodule import SupportDataModule
-from qrag_train.data.sample import SupportSample
-from qrag_train.data.source import SourceConfig, looked_at
+from qrag_train.data.sample import SupportSample, finite
+from qrag_train.data.source import SourceConfig
 
 GOOD = SupportSample("1", "Where?", ("a", "b", "c"), (0, 2))
 
@@ -115,7 +115,7 @@ def test_what_happens_twice_in_a_story_is_no_copy(tmp_path: Path) -> None:
         "simulated:1", "babilong", background=str(tmp_path), sentences=(12, 16), places=2, things=1
     )
     data = SupportDataModule(train=[story], val=[story])
-    assert any(dict(t) for t in twins(looked_at(story.open())))
+    assert any(dict(t) for t in twins(finite(story.open())))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         check_run(data, budget=2)
@@ -146,7 +146,7 @@ def test_a_source_has_what_its_format_needs(format_: str, missing: str) -> None:
         SourceConfig("x.txt", format_)
 
 
-def test_weights_of_a_mixture_are_looked_at(tmp_path: Path) -> None:
+def test_weights_of_a_mixture_are_finite(tmp_path: Path) -> None:
     files = [str(write_questions(tmp_path / f"{i}.jsonl", 3, seed=i)) for i in range(3)]
     train = [SourceConfig(files[0], weight=1), SourceConfig(files[1])]
     with pytest.raises(DatasetError, match="Some train sources have a weight"):

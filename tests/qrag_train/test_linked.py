@@ -10,6 +10,7 @@ import pytest
 
 from qrag_retriever.errors import DatasetError
 from qrag_train.cli import read_questions
+from qrag_train.data import Mixture
 from qrag_train.data.linked import LinkedPassages, Passage, bare, find_links, read_passages
 
 PASSAGES = [
@@ -57,6 +58,11 @@ def test_a_sample_leads_along_links_without_naming_where_to() -> None:
         others = {place[c] for i, c in enumerate(sample.chunks) if i not in sample.support}
         assert not any((other, way[-1]) in linked for other in others)  # they would do as well
     assert lengths == {2, 3}
+
+
+def test_what_is_made_up_has_no_size_for_its_share_of_a_mixture() -> None:
+    with pytest.raises(DatasetError, match="LinkedPassages without end"):
+        Mixture([LinkedPassages(PASSAGES)])
 
 
 def test_links_are_needed() -> None:

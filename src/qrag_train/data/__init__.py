@@ -11,7 +11,13 @@ from qrag_train.data.mixture import Mixture
 from qrag_train.data.musique import read_musique
 from qrag_train.data.passages import pooled
 from qrag_train.data.ruler import Ruler, read_words
-from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
+from qrag_train.data.sample import (
+    FixedSamples,
+    SampleList,
+    SampleSource,
+    SupportSample,
+    finite,
+)
 from qrag_train.data.simulator import BabiSimulator
 from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki, read_twowiki_open
@@ -29,6 +35,7 @@ __all__ = [
     "SampleList",
     "SampleSource",
     "SupportSample",
+    "finite",
     "hide_story",
     "pooled",
     "read_babi",

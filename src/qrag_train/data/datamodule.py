@@ -12,8 +12,8 @@ import numpy as np
 from qrag_retriever.errors import DatasetError
 from qrag_train.data.candidates import CandidateSets
 from qrag_train.data.mixture import Mixture
-from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample
-from qrag_train.data.source import SourceConfig, looked_at
+from qrag_train.data.sample import FixedSamples, SampleSource, SupportSample, finite
+from qrag_train.data.source import SourceConfig
 from qrag_train.evaluation import hard_negatives
 from qrag_train.loader import RolloutLoader, SampleLoader
 
@@ -169,7 +169,7 @@ class SupportDataModule(lightning.LightningDataModule):
     def texts(self) -> Iterator[str]:
         """Texts of training questions, for a vocabulary."""
         for _, source in self.sources("train"):
-            for sample in looked_at(source):
+            for sample in finite(source):
                 yield sample.question
                 yield from sample.chunks
 

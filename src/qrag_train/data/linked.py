@@ -23,6 +23,7 @@ _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(])")
 _IN_BRACKETS = re.compile(r"\s*\([^)]*\)$")
 # Words that occur in more passages than this say too little to look like a question.
 _COMMON = 200
+_LONGEST = 3  # passages on the way from the first to the last
 _LONGEST_NAME = 6  # words
 _SHORTEST_NAME = 8  # letters
 # Part of the candidates that resemble the question most, if there are as many; others are random.
@@ -57,7 +58,6 @@ class LinkedPassages:
     Args:
         passages: Titled texts, such as the paragraphs of an encyclopaedia.
         candidates: Number of chunks of a sample.
-        longest: Most passages on the way from the first to the last.
 
     Raises:
         DatasetError: If no passage names another one's title.
@@ -74,11 +74,10 @@ class LinkedPassages:
         [0, 1]
     """
 
-    def __init__(self, passages: Iterable[Passage], candidates: int = 10, longest: int = 3) -> None:
+    def __init__(self, passages: Iterable[Passage], candidates: int = 10) -> None:
         by_text = {passage(*p): p for p in passages}
         self._chunks, self._passages = list(by_text), list(by_text.values())
         self._candidates = min(candidates, len(self._chunks))
-        self._longest = longest
         self._from: dict[int, list[Link]] = defaultdict(list)
         self._to: dict[int, list[Link]] = defaultdict(list)
         for link in find_links(self._passages):
@@ -88,9 +87,6 @@ class LinkedPassages:
             raise DatasetError("No passage names another one's title; give passages that do.")
         self._targets = sorted(self._to)
         self._rare = _rare_words(self._chunks)
-
-    def __len__(self) -> int:
-        return sum(map(len, self._from.values()))
 
     def sample(self, rng: np.random.Generator) -> SupportSample:
         """Draw a way along links and describe it."""
@@ -111,7 +107,7 @@ class LinkedPassages:
         # by target, as few passages are named by very many
         last = _one_of(self._to[_one_of(self._targets, rng)], rng)
         links = [last]
-        while len(links) < self._longest - 1 and rng.random() < 0.25:
+        while len(links) < _LONGEST - 1 and rng.random() < 0.25:
             on_way = {link.target for link in links}
             before = [
                 link for link in self._to.get(links[0].source, []) if link.source not in on_way

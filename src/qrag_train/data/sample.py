@@ -147,3 +147,14 @@ class FixedSamples(Sequence[SupportSample]):
             return [self[i] for i in range(*index.indices(self._count))]
         number = range(self._count)[index]
         return self._source.sample(np.random.default_rng((self._seed, number)))
+
+
+def finite(source: SampleSource, count: int = 200, seed: int = 0) -> Sequence[SupportSample]:
+    """All samples of a source that has an end, else ``count`` of it, always the same.
+
+    Example:
+        >>> from qrag_train.data import BabiSimulator
+        >>> len(finite(BabiSimulator(task=1)))
+        200
+    """
+    return source if isinstance(source, Sequence) else FixedSamples(source, count, seed)

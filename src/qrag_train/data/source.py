@@ -17,7 +17,7 @@ from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
 from qrag_train.data.linked import LinkedPassages, read_passages
 from qrag_train.data.musique import read_musique
 from qrag_train.data.ruler import Ruler, read_words
-from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
+from qrag_train.data.sample import SampleList, SampleSource, SupportSample
 from qrag_train.data.simulator import OBJECTS, PLACES, BabiSimulator
 from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki
@@ -36,8 +36,6 @@ _READERS = {
 _SIMULATED = "simulated:"
 _RULER = "ruler:"
 _NEEDED = (("corpus", "corpus"), ("babilong", "background"), ("ruler", "background"))
-# Samples of an endless source that are checked, and read for a vocabulary, before training.
-_LOOKED_AT = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +185,6 @@ def stories(
             f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5 or {_SIMULATED}14."
         )
     return BabiSimulator(int(task), moves, places, things)
-
-
-def looked_at(source: SampleSource) -> Sequence[SupportSample]:
-    """All questions of a finite source, a few hundred of an endless one."""
-    return source if isinstance(source, Sequence) else FixedSamples(source, _LOOKED_AT, seed=0)
 
 
 def thinned(background: BackgroundText, count: int) -> BackgroundText:
