@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from qrag_retriever.collector import collector_of
 from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
 from qrag_retriever.search import Search, SearchOptions
-from qrag_retriever.state import check_query
+from qrag_retriever.state import check_query, in_state_order
 from qrag_retriever.trajectory import RunnerUp, Step, Trajectory
 
 if TYPE_CHECKING:
@@ -221,8 +221,7 @@ class _Run:
 
     def _texts(self, number: int, retrieved: Sequence[int]) -> list[str]:
         own = self.candidates[number]
-        in_document_order = self.model.config.state_order == "document"
-        order = sorted(retrieved, key=own.place) if in_document_order else retrieved
+        order = in_state_order(retrieved, self.model.config.state_order, own.place)
         return [own.chunk(chunk).embed_text for chunk in order]
 
     def _step(self, number: int, place: int) -> Step:

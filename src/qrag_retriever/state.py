@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from qrag_retriever.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,23 @@ class StateLayout:
             ids.extend(part[:limit])
         ids.extend(self.suffix)
         return ids, not fits or limits != lengths
+
+
+def in_state_order(
+    retrieved: Iterable[int], order: str, place: Callable[[int], int] | None = None
+) -> list[int]:
+    """Retrieved chunks as a state lists them.
+
+    Args:
+        retrieved: Their numbers, in the order of retrieval.
+        order: ``"document"`` or ``"retrieval"``.
+        place: Tells where in the document a chunk is; ``None``: its number does.
+
+    Example:
+        >>> in_state_order([5, 2, 9], "document"), in_state_order([5, 2, 9], "retrieval")
+        ([2, 5, 9], [5, 2, 9])
+    """
+    return sorted(retrieved, key=place) if order == "document" else list(retrieved)
 
 
 def shorten_evenly(lengths: Sequence[int], budget: int) -> list[int]:

@@ -12,7 +12,7 @@ from qrag_retriever.errors import InvalidInputError
 from qrag_train.rewards import step_rewards
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from qrag_retriever.positions import PositionScheme
     from qrag_train.data.sample import SupportSample
@@ -140,11 +140,6 @@ class RetrievalEnvironment:
         """Which of the support chunks are retrieved, bool ``[E, F]``; false in unused columns."""
         chunks = self._support.clamp(min=0)
         return (self._support >= 0) & ~self.available.gather(1, chunks)
-
-
-def in_state_order(retrieved: Iterable[int], order: str) -> list[int]:
-    """Retrieved chunks as a state lists them: ``"document"`` order or ``"retrieval"`` order."""
-    return sorted(retrieved) if order == "document" else list(retrieved)
 
 
 def _resized(table: Tensor, width: int, fill: int | bool) -> Tensor:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from qrag_retriever.scoring import score
 from qrag_retriever.search import Beam, Search, SearchOptions
-from qrag_train.environment import in_state_order
+from qrag_retriever.state import in_state_order
 from qrag_train.metrics import retrieval_metrics, stop_kind, stop_rates
 
 if TYPE_CHECKING:

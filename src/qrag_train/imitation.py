@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qrag_retriever.scoring import q_at
-from qrag_train.environment import in_state_order
+from qrag_retriever.state import in_state_order
 from qrag_train.returns import critic_values
 from qrag_train.rewards import path_return
 from qrag_train.texts import embed

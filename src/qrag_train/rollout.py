@@ -12,8 +12,9 @@ from torch.nn.functional import embedding
 
 from qrag_retriever.errors import QRAGError
 from qrag_retriever.rotary import phases, turn
+from qrag_retriever.state import in_state_order
 from qrag_train.data.sample import SupportSample
-from qrag_train.environment import RetrievalEnvironment, in_state_order
+from qrag_train.environment import RetrievalEnvironment
 from qrag_train.metrics import fact_scores
 from qrag_train.returns import critic_values, soft_value
 from qrag_train.texts import ChunkEmbeddings, TextTable, embed

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qrag_retriever.state import StateLayout, shorten_evenly
+from qrag_retriever.state import StateLayout, in_state_order, shorten_evenly
 
 if TYPE_CHECKING:
     from qrag_retriever.model import QRAGModel
@@ -113,3 +113,9 @@ def test_special_text_opens_no_part(tiny_model: QRAGModel, text: str) -> None:
     unknown = tiny_model.state_encoder.transformer.tokenizer.unk_token_id
     found = [token for token in ids if token in specials and token != unknown]
     assert found == [2, 3, 3, 3]  # [CLS], two between three parts, one at the end
+
+
+def test_order_of_the_state() -> None:
+    assert in_state_order([5, 2, 9], "document") == [2, 5, 9]
+    assert in_state_order([5, 2, 9], "retrieval") == [5, 2, 9]
+    assert in_state_order([5, 2, 9], "document", place=lambda chunk: -chunk) == [9, 5, 2]

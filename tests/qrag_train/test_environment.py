@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.positions import PositionScheme
 from qrag_train.data.sample import SupportSample
-from qrag_train.environment import RetrievalEnvironment, in_state_order
+from qrag_train.environment import RetrievalEnvironment
 from qrag_train.rewards import RewardConfig
 
 
@@ -136,8 +136,3 @@ def test_first_reset_is_of_all_episodes() -> None:
     environment = RetrievalEnvironment(2, 3, RewardConfig())
     with pytest.raises(InvalidInputError, match="Reset all 2"):
         environment.reset([1], [make_sample(3, [1])])
-
-
-def test_order_of_the_state() -> None:
-    assert in_state_order([5, 2, 9], "document") == [2, 5, 9]
-    assert in_state_order([5, 2, 9], "retrieval") == [5, 2, 9]

@@ -11,9 +11,9 @@ from tiny import Colours, tiny_model
 
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.rotary import rotate
+from qrag_retriever.state import in_state_order
 from qrag_train.data.mixture import Mixture
 from qrag_train.data.sample import SampleList, SampleSource, SupportSample
-from qrag_train.environment import in_state_order
 from qrag_train.rewards import RewardConfig
 from qrag_train.rollout import EpisodeStream, Rollout, RolloutCollector
 from qrag_train.settings import PQNConfig
