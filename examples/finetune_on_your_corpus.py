@@ -2,6 +2,8 @@
 
     python examples/finetune_on_your_corpus.py
 
+It needs the extras ``train`` and, without a model hub, ``offline``.
+
 The corpus is the handbook of an invented company: short notes such as "Team Otter builds and runs
 search." and "Mateo Brandt leads the Otter team." A question takes two or three of them, and only
 the first has a word in common with it. An annotation names the notes that answer a question:

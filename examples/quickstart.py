@@ -21,31 +21,33 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--question", default=QUESTION)
-    parser.add_argument("--steps", type=int, default=4, help="retrieval budget k")
+    parser.add_argument("--steps", type=int, default=4, help="k, the most chunks to retrieve")
     parser.add_argument(
         "--model", default=MODEL, help="a Q-RAG model or any embedder: folder or hub name"
     )
-    parser.add_argument("--folder", type=Path, default=Path("runs/treasure_island"))
+    parser.add_argument("--folder", type=Path, help="of the index; default: one for each model")
     parser.add_argument("--plot", type=Path, help="draw Q over the book to this file")
     arguments = parser.parse_args()
 
-    if arguments.folder.exists():
-        retriever = QRAGRetriever.load_local(arguments.folder, model=arguments.model)
+    folder = arguments.folder or Path("runs/treasure_island", Path(arguments.model).name)
+    if folder.exists():
+        retriever = QRAGRetriever.load_local(folder, model=arguments.model)
     else:
         retriever = QRAGRetriever.from_texts(
             read_chunks(), model=arguments.model, show_progress=True
         )
-        retriever.save_local(arguments.folder)
+        retriever.save_local(folder)
+    retriever.k = arguments.steps
 
     print("\n--- in several steps: what was found tells what to look for next")
-    trajectory = retriever.search(arguments.question, k=arguments.steps)
+    trajectory = retriever.search(arguments.question)
     print(trajectory)
 
     print("\n--- in one step, as ordinary retrievers do")
-    print(retriever.search(arguments.question, k=arguments.steps, chunks_per_step=arguments.steps))
+    print(retriever.search(arguments.question, chunks_per_step=arguments.steps))
 
     print("\n--- the same object as a LangChain retriever: invoke() gives Documents")
-    for document in retriever.invoke(arguments.question, k=arguments.steps):
+    for document in retriever.invoke(arguments.question):
         print(f"{type(document).__name__}: {document.page_content[:80]} …")
 
     print("\n--- and as a LlamaIndex retriever: retrieve() gives nodes with their Q")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import Self, TypedDict, Unpack
 
-from qrag_retriever.constructors import Constructors, resolve_aliases
+from qrag_retriever.constructors import ALIASES, Constructors, resolve_aliases
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
@@ -28,10 +28,9 @@ from qrag_retriever.second_stage import SecondStage
 if TYPE_CHECKING:
     from qrag_retriever.trajectory import Step, Trajectory
 
-# settings of a retriever that are handed to `SearchOptions`, and what a single call may add
+# settings of a retriever that are handed to `SearchOptions`, and of what they choose from
 SEARCH_SETTINGS = ("k", "q_threshold", "beams", "temperature", "seed", "chunks_per_step")
 _SELECTION = ("filter", "exclude_ids", "keep_q_values")
-_PER_CALL = (*SEARCH_SETTINGS, "runners_up", *_SELECTION)
 _SETTINGS_FILE = "retriever.json"
 # further ones that some classes have and a saved retriever keeps
 _EXTRA_SETTINGS = ("score_key", "verbose")
@@ -55,6 +54,9 @@ class SearchOverrides(TypedDict, total=False):
     filters: Any
     exclude_ids: Collection[str]
     keep_q_values: bool
+
+
+_PER_CALL = tuple(name for name in SearchOverrides.__annotations__ if name not in ALIASES)
 
 
 def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,8 +114,9 @@ class RetrieverAdapter(Constructors):
         Args:
             query: The question.
             **overrides: Settings for this call: ``k``, ``q_threshold``, ``beams``, ``temperature``,
-                ``seed``, ``chunks_per_step``, ``filter``, ``exclude_ids``; and ``keep_q_values``
-                (on), which `Trajectory.plot` needs.
+                ``seed``, ``chunks_per_step``, ``runners_up`` (how many next best chunks of each
+                step to tell), ``filter``, ``exclude_ids``; and ``keep_q_values`` (on), which
+                `Trajectory.plot` needs.
 
         Returns:
             The trajectory.
@@ -323,7 +326,7 @@ def _is_model(folder: Path, model: QRAGModel) -> bool:
 
 def known_overrides(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a framework's call arguments that are settings of ours."""
-    names = {*_PER_CALL, "similarity_top_k", "filters"}
+    names = SearchOverrides.__annotations__
     return {name: value for name, value in arguments.items() if name in names}
 
 

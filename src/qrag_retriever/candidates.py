@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
 from qrag_retriever.scoring import score
-
-# embeddings may be mapped read-only, and nothing here writes into them
-warnings.filterwarnings("ignore", "The given NumPy array is not writable", module=__name__)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

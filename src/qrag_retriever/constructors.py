@@ -8,6 +8,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from qrag_retriever.ann import AnnKind
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel
@@ -51,6 +52,7 @@ class Constructors:
         *,
         model: QRAGModel | str | Path | None = None,
         dtype: StorageType = "float32",
+        ann: AnnKind = "none",
         show_progress: bool = False,
         devices: Sequence[str] | None = None,
         checkpoint: str | Path | None = None,
@@ -66,6 +68,7 @@ class Constructors:
                 ``None``: multihop-en.
             dtype: How the index stores embeddings: ``"float32"``, ``"bfloat16"``, ``"float16"`` or
                 ``"int8"``.
+            ann: Approximate search for ``positions="none"``: ``"hnsw"`` or ``"ivfpq"``.
             show_progress: Show a progress bar while the chunks are embedded.
             devices: Devices that share the embedding, such as ``["cuda:0", "cuda:1"]``.
             checkpoint: Folder from which an interrupted call goes on, see `Embedding`.
@@ -82,6 +85,7 @@ class Constructors:
             ids,
             model=resolve_model(settings.pop("model")),
             dtype=dtype,
+            ann=ann,
             show_progress=show_progress,
             devices=devices,
             checkpoint=checkpoint,
@@ -95,6 +99,7 @@ class Constructors:
         *,
         model: QRAGModel | str | Path | None = None,
         dtype: StorageType = "float32",
+        ann: AnnKind = "none",
         show_progress: bool = False,
         devices: Sequence[str] | None = None,
         checkpoint: str | Path | None = None,
@@ -109,6 +114,7 @@ class Constructors:
             documents,
             model=resolve_model(settings.pop("model")),
             dtype=dtype,
+            ann=ann,
             show_progress=show_progress,
             devices=devices,
             checkpoint=checkpoint,
