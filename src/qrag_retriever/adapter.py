@@ -188,7 +188,9 @@ class RetrieverAdapter(Constructors):
     def save_local(self, folder_path: str | Path, *, include_model: bool = True) -> None:
         """Write index, settings and model to a folder.
 
-        A filter is not written: give it again when loading.
+        A filter is not written, nor what belongs to a framework alone (``tags``, ``metadata``,
+        callbacks): give it again when loading. Index and model change one right after the other;
+        who loads just between them, or after a power failure there, is told that they do not fit.
 
         Args:
             folder_path: The folder; what `save_local` wrote there before is replaced.

@@ -312,14 +312,19 @@ def _close(connection: sqlite3.Connection) -> None:
 
 
 def _record(chunk: Chunk) -> Record:
-    _require_json(chunk.metadata, chunk.id, "metadata")
     embed_text = None if chunk.embed_text == chunk.text else chunk.embed_text
     node = None
-    if is_node(chunk.source):
-        values = node_to_record(chunk.source)
-        _require_json(values, chunk.id, "node")
-        node = _json(values)
-    record = (chunk.id, _json(chunk.metadata), chunk.text, embed_text, node)
+    try:
+        _require_json(chunk.metadata, chunk.id, "metadata")
+        if is_node(chunk.source):
+            values = node_to_record(chunk.source)
+            _require_json(values, chunk.id, "node")
+            node = _json(values)
+        record = (chunk.id, _json(chunk.metadata), chunk.text, embed_text, node)
+    except (RecursionError, ValueError) as error:  # holds itself, an integer without end
+        raise InvalidInputError(
+            f"Chunk {chunk.id!r} cannot be saved: its metadata cannot be written as JSON ({error})."
+        ) from error
     try:
         size = sum(len(part.encode()) for part in record if part is not None)
     except UnicodeEncodeError as error:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from qrag_retriever.errors import ModelFormatError
-from qrag_retriever.offline import check_sha256
+from qrag_retriever.files import check_sha256, sha256_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "weights.safetensors"
 MANIFEST = "manifest.json"
+_CARD = "README.md"
 
 _PLAIN = "model.safetensors"  # the weights of one encoder
 _SCALE = ".scale"
@@ -57,7 +58,7 @@ def pack(source: Path, target: Path) -> None:
             if places[own] == own:
                 kept |= _packed(own, tensor)
     save_file(kept, target / WEIGHTS, metadata={"places": json.dumps(places)})
-    digests = {f.relative_to(target).as_posix(): _sha256(f) for f in _files(target)}
+    digests = {f.relative_to(target).as_posix(): sha256_of(f) for f in _files(target)}
     for name in digests.keys() - set(_firsts(digests).values()):
         (target / name).unlink()
     (target / MANIFEST).write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
@@ -91,7 +92,7 @@ def renew_manifest(folder: Path, names: Iterable[str]) -> None:
     """
     file = folder / MANIFEST
     digests = json.loads(file.read_text(encoding="utf-8"))
-    digests |= {name: _sha256(folder / name) for name in names}
+    digests |= {name: sha256_of(folder / name) for name in names}
     file.write_text(json.dumps(digests, indent=2) + "\n", encoding="utf-8")
 
 
@@ -118,12 +119,8 @@ def check_manifest(folder: Path) -> dict[str, str]:
         raise ModelFormatError(f"{file} is damaged: {error}. Copy the model again.") from error
     if outside := [name for name in digests if not _is_inside(name)]:
         raise ModelFormatError(f"{file} names {min(outside)}, outside the model; do not use it.")
-    for path in sorted(stored | repeated):
+    for path in sorted((stored | repeated) - {folder / _CARD}):  # anyone may edit the card
         check_sha256(path, digests[path.relative_to(folder).as_posix()])
-    if foreign := set(_files(folder)) - stored - repeated - {file}:
-        raise ModelFormatError(
-            f"{min(foreign)} does not belong to the model; copy or install it again."
-        )
     return digests
 
 
@@ -197,7 +194,3 @@ def _digest(tensor: Tensor) -> str:
     digest = hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode())
     digest.update(content.view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

@@ -214,11 +214,26 @@ def _write(file: Path, vectors: StoredVectors) -> None:
     """Keep a part, whole or not at all."""
     draft = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
     scales = {} if vectors.scales is None else {"scales": vectors.scales}
-    with draft.open("wb") as out:
-        np.savez(out, allow_pickle=False, values=vectors.values, **scales)
-        out.flush()
-        os.fsync(out.fileno())
-    draft.replace(file)
+    try:
+        with draft.open("wb") as out:
+            np.savez(out, allow_pickle=False, values=vectors.values, **scales)
+            out.flush()
+            os.fsync(out.fileno())
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+# what reading a damaged archive raises
+_DAMAGED = (
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    zipfile.BadZipFile,
+)
 
 
 def _read(file: Path, dtype: StorageType, shape: tuple[int, int]) -> StoredVectors:
@@ -227,7 +242,7 @@ def _read(file: Path, dtype: StorageType, shape: tuple[int, int]) -> StoredVecto
             vectors = StoredVectors(arrays["values"], dtype, arrays.get("scales"))
         if vectors.shape != shape:
             raise ValueError(f"{vectors.shape} instead of {shape}")
-    except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise IndexFormatError(
             f"The checkpoint {file} is damaged ({error}); delete this file, and what it held is "
             "embedded again."

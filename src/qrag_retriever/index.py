@@ -18,7 +18,7 @@ from qrag_retriever.embedding import Embedding, embed_new
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.index_change import IndexChange
 from qrag_retriever.locks import Lock
-from qrag_retriever.saved_index import SavedIndex, load_again
+from qrag_retriever.saved_index import SavedIndex, load_again, make_again
 from qrag_retriever.snapshot import Snapshot
 from qrag_retriever.storage import IndexContent, read_index, write_index
 from qrag_retriever.vectors import (
@@ -275,7 +275,7 @@ class ChunkIndex(Corpus):
         """Row in the current snapshot of the chunk with an id, see :meth:`Snapshot.row_of`."""
         return self._snapshot.row_of(id_)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save the index in a folder, in place of the index that may be there.
 
         Until the very end the folder holds the old index, from then on the new one, whatever
@@ -283,11 +283,13 @@ class ChunkIndex(Corpus):
 
         Args:
             path: A new or empty folder, or one with an index.
+            overwrite: Save even if someone else has saved to the folder since this index was
+                loaded from it; their changes are lost.
 
         Raises:
-            InvalidInputError: If the folder holds something else, a chunk's metadata is not JSON,
-                or its text is not valid Unicode. Nothing is written then. (Tuples are saved as
-                lists.)
+            InvalidInputError: If the folder holds something else, someone else has saved to it, a
+                chunk's metadata is not JSON, or its text is not valid Unicode. Nothing is written
+                then. (Tuples are saved as lists.)
             OSError: If the folder cannot be written to, or the disk is full.
         """
         snapshot = self._snapshot
@@ -300,7 +302,9 @@ class ChunkIndex(Corpus):
             ann=None if ann is None else ann.to_bytes(),
         )
         folder = Path(path).expanduser()
-        generation = write_index(folder, content)
+        saved = None if overwrite else self.saved
+        here = saved is not None and saved.folder == folder.resolve()
+        generation = write_index(folder, content, saved.generation if saved and here else None)
         self.saved = SavedIndex(folder.resolve(), generation, snapshot.version)
 
     @classmethod
@@ -388,7 +392,8 @@ class ChunkIndex(Corpus):
         make = functools.partial(
             type(self).from_embeddings, model=self.model, ann=self.ann, dtype=self.dtype
         )
-        return make, (list(snapshot.chunks), snapshot.embeddings)
+        arguments = list(snapshot.chunks), snapshot.embeddings, self.fingerprint
+        return functools.partial(make_again, make), arguments
 
 
 def _embedder(model: QRAGModel | str | Path | None) -> QRAGModel:

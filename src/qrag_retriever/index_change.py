@@ -36,7 +36,7 @@ class IndexChange:
             row = old.find(chunk.id)
             if row is None:
                 appended.append(chunk)
-            elif old[row] != chunk:
+            elif not _equal(old[row], chunk):
                 changed[row] = chunk
         reworded = [
             row for row, chunk in changed.items() if old[row].embed_text != chunk.embed_text
@@ -70,3 +70,11 @@ class IndexChange:
             chunks = chunks.extended(self.appended)
             vectors = vectors.extended(new.take(slice(len(self.reworded), None)))
         return chunks, vectors
+
+
+def _equal(old: Chunk, new: Chunk) -> bool:
+    """Whether nothing is to be changed: 1 is not True, and what cannot be compared is not equal."""
+    try:
+        return old == new and repr(old.metadata) == repr(new.metadata)
+    except ValueError:  # arrays
+        return False

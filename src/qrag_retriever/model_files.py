@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
+import re
+import secrets
 import shutil
+import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +28,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 from qrag_retriever import compact, offline
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError
+from qrag_retriever.files import sync_file, sync_folder
 from qrag_retriever.fingerprint import Names, write_names
 from qrag_retriever.model_trust import refuse_code, refuse_custom_classes
 
@@ -34,6 +38,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 CONFIG_FILE = "qrag_config.json"
+
+# Names of what a model folder holds.
+_OF_A_MODEL = re.compile(
+    r"(query|document)_\d+_\w+|README\.md|weights\.safetensors"
+    r"|(qrag_config|router_config|modules|config_sentence_transformers|fingerprint|manifest)\.json"
+)
 
 # The model that a retriever takes if none is named: one of those that come with the package.
 DEFAULT_MODEL = "multihop-en"
@@ -143,9 +153,11 @@ def find(
                 allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.md"],
             )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            cut_short = sorted(folder.parent.glob(f".{folder.name}.old-*"))
+            hint = f" A save of it was cut short: rename {cut_short[-1]}." if cut_short else ""
             raise ModelFormatError(
                 f"No Q-RAG model at {str(path)!r}: there is no such folder, and the hub gave none "
-                f"({error})."
+                f"({error}).{hint}"
             ) from error
         folder = Path(downloaded)
     if not (folder / CONFIG_FILE).is_file():
@@ -232,6 +244,7 @@ def saving(
     """Write a model folder beside the target; the end of the block puts it in its place.
 
     So what belongs with the model can be written in the block: if that fails, all stays as it was.
+    Other files that lie in the target are kept.
 
     Args:
         model: The encoders.
@@ -261,24 +274,50 @@ def saving(
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder beside another, which takes its place at the end of the block, or never."""
+    """An empty folder beside another, which takes its place at the end of the block, or never.
+
+    What lies in the old folder and is no part of a model, such as ``.git``, is kept.
+
+    Raises:
+        InvalidInputError: If the folder is one that cannot be moved.
+    """
     folder = folder.resolve()  # a link stays one
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}.new-", dir=folder.parent))
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    mark = secrets.token_hex(4)
+    new, old = (folder.with_name(f".{folder.name}.{kind}-{mark}") for kind in ("new", "old"))
+    new.mkdir()
     try:
         yield new
-        new.chmod(0o755)
+        for file in new.rglob("*"):
+            if file.is_file():
+                sync_file(file)
         if folder.exists():
-            folder.replace(old)  # an empty folder may be replaced
+            new.chmod(stat.S_IMODE(folder.stat().st_mode))
+            _move_away(folder, old)
         new.replace(folder)
+        sync_folder(folder.parent)
+        for entry in old.iterdir() if old.exists() else ():
+            if not _OF_A_MODEL.fullmatch(entry.name) and not (folder / entry.name).exists():
+                entry.replace(folder / entry.name)
     except BaseException:
-        if not folder.exists() and any(old.iterdir()):
+        if old.exists() and not folder.exists():
             old.replace(folder)
         raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _move_away(folder: Path, old: Path) -> None:
+    try:
+        folder.replace(old)
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        raise InvalidInputError(
+            f"{folder} is a mount point or otherwise in use and cannot be replaced as a whole; "
+            "give a folder inside it."
+        ) from error
 
 
 def push(
@@ -313,10 +352,6 @@ def _write(
         write_names(folder, names)
     card = _CARD.format(name=name, settings=config.to_json())
     (folder / "README.md").write_text(card, encoding="utf-8")
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
 
 
 def _in_use(path: Path) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 from pathlib import Path
 
-from qrag_retriever.errors import MissingDependencyError, ModelFormatError
+from qrag_retriever.errors import MissingDependencyError
+from qrag_retriever.files import check_sha256
 
 DEFAULT_ENCODER = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -41,22 +41,3 @@ def minilm_folder() -> Path:
     folder = Path(spec.submodule_search_locations[0]) / "model"
     check_sha256(folder / "model.safetensors", _SHA256)
     return folder
-
-
-def check_sha256(file: Path, expected: str) -> None:
-    """Compare a file with a published SHA-256.
-
-    Raises:
-        ModelFormatError: If the file is missing or differs.
-    """
-    if not file.is_file():
-        raise ModelFormatError(f"{file.name} is missing in {file.parent}; install it again.")
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != expected:
-        raise ModelFormatError(
-            f"{file} has SHA-256 {digest.hexdigest()}, its publisher's has {expected}. It is "
-            "damaged or was changed; it is not used. Install it again."
-        )

@@ -8,8 +8,13 @@ from qrag_retriever.errors import IndexFormatError
 from qrag_retriever.storage import generation_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qrag_retriever.chunk import Chunk
     from qrag_retriever.index import ChunkIndex
     from qrag_retriever.model import QRAGModel
 
@@ -30,6 +35,18 @@ class SavedIndex(NamedTuple):
     def holds(self, version: int) -> bool:
         """Whether the folder holds that version of the index, and no other that came after."""
         return version == self.version and generation_of(self.folder) == self.generation
+
+
+def make_again(
+    make: Callable[..., ChunkIndex],
+    chunks: Sequence[Chunk],
+    embeddings: NDArray[np.float32],
+    fingerprint: str,
+) -> ChunkIndex:
+    """What a pickle of an index that is not saved does when it is read."""
+    index = make(chunks, embeddings)
+    index.fingerprint = fingerprint  # the model may have changed after the index was made
+    return index
 
 
 def load_again(kind: type[ChunkIndex], saved: SavedIndex, model: QRAGModel) -> ChunkIndex:

@@ -30,6 +30,7 @@ import numpy as np
 from qrag_retriever.ann import AnnKind
 from qrag_retriever.chunk_store import ChunkSequence, StoredChunks, damaged, write_chunks
 from qrag_retriever.errors import IndexFormatError, InvalidInputError
+from qrag_retriever.files import sync_file, sync_folder
 from qrag_retriever.vectors import ARRAY_TYPES, StoredVectors
 
 if TYPE_CHECKING:
@@ -64,15 +65,20 @@ class IndexContent:
     generation: str = ""
 
 
-def write_index(folder: Path, content: IndexContent) -> str:
+def write_index(folder: Path, content: IndexContent, replaces: str | None = None) -> str:
     """Save an index in a folder, in place of the index that may be there.
+
+    Args:
+        folder: The folder.
+        content: The index.
+        replaces: The generation that is to be replaced; ``None``: whatever is there.
 
     Returns:
         The name of this save, its generation.
 
     Raises:
-        InvalidInputError: If a chunk cannot be saved, or the folder holds something else. Nothing
-            has been written then.
+        InvalidInputError: If a chunk cannot be saved, or the folder holds something else, or
+            another generation than it should. Nothing has been written then.
     """
     records = content.chunks.records()
     generation = secrets.token_hex(8)
@@ -87,6 +93,12 @@ def write_index(folder: Path, content: IndexContent) -> str:
     _require_ours(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_writer(folder):
+        if replaces is not None and generation_of(folder) not in (None, replaces):
+            raise InvalidInputError(
+                f"The index in {folder} has been saved by someone else since this one was loaded "
+                "from it; load it again and repeat the change, or replace it by "
+                "ChunkIndex.save(…, overwrite=True)."
+            )
         try:
             written = {
                 kind: _write(folder / f"{kind}-{generation}.{ending}", write)
@@ -107,9 +119,9 @@ def write_index(folder: Path, content: IndexContent) -> str:
             text = json.dumps(manifest, indent=2).encode()
             draft = folder / f"{_MANIFEST}.tmp"
             _write(draft, lambda path: path.write_bytes(text))
-            _sync_folder(folder)
+            sync_folder(folder)
             os.replace(draft, folder / _MANIFEST)  # noqa: PTH105 (tests make it fail)
-            _sync_folder(folder)
+            sync_folder(folder)
         finally:
             _remove_leftovers(folder)
     return generation
@@ -174,8 +186,7 @@ def _save_array(array: NDArray[Any], path: Path) -> None:
 
 def _open_array(path: Path, kind: type[np.generic], shape: tuple[int, ...]) -> NDArray[Any]:
     try:
-        # copy on write: torch wants arrays that can be written to, and the file stays as it is
-        array: NDArray[Any] = np.load(path, mmap_mode="c").view(np.ndarray)
+        array: NDArray[Any] = np.load(path, mmap_mode="r").view(np.ndarray)
     except (ValueError, EOFError) as error:
         raise damaged(path.parent, f"{path.name} has no valid header") from error
     if array.dtype != kind or array.shape != shape:
@@ -232,16 +243,14 @@ def _require_ours(folder: Path) -> None:
     if not folder.exists():
         return
     ours = folder.is_dir()
-    if ours and (folder / _MANIFEST).exists():
+    if ours:
         try:
-            ours = json.loads((folder / _MANIFEST).read_bytes()).get("format") == FORMAT
-        except (ValueError, AttributeError):
-            ours = False
-    elif ours:
-        names = [entry.name for entry in folder.iterdir()]
-        ours = all(
-            _OWN_FILE.fullmatch(name) or name in (".lock", f"{_MANIFEST}.tmp") for name in names
-        )
+            ours = json.loads((folder / _MANIFEST).read_bytes())["format"] == FORMAT
+        except (FileNotFoundError, ValueError, KeyError, TypeError):  # none, or a damaged one
+            others = {".lock", _MANIFEST, f"{_MANIFEST}.tmp"}
+            names = {entry.name for entry in folder.iterdir()} - others
+            ours = all(_OWN_FILE.fullmatch(name) for name in names)
+            ours = ours and (bool(names) or not (folder / _MANIFEST).exists())
     if not ours:
         raise InvalidInputError(
             f"{folder} holds something that is not an index and is left as it is; give a new or "
@@ -252,8 +261,7 @@ def _require_ours(folder: Path) -> None:
 def _write(path: Path, write: Callable[[Path], object]) -> dict[str, Any]:
     """Have a file written, bring it safely to disk, and describe it."""
     write(path)
-    with path.open("r+b") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     return {"name": path.name, "size": path.stat().st_size, "crc32": _crc32(path)}
 
 
@@ -265,20 +273,9 @@ def _crc32(path: Path) -> int:
     return checksum
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make names durable; a no-op where folders cannot be opened (Windows)."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _remove_leftovers(folder: Path) -> None:
     """Remove files of generations that the manifest does not name; what fails is left for later."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # damaged: keep all
         keep: set[str] = set()
         with contextlib.suppress(FileNotFoundError):  # the first save did not get that far
             files = json.loads((folder / _MANIFEST).read_bytes())["files"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -142,6 +144,7 @@ class StoredVectors:
 
         from qrag_retriever.quantized import QuantizedRows
 
+        _say_once_unheard()
         values = torch.from_numpy(self.values)
         if self.scales is not None:
             return QuantizedRows(values, torch.from_numpy(self.scales))
@@ -241,3 +244,15 @@ def _to_int8(vectors: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np
         values[first : first + len(block)] = np.rint(block / divisor)
         scales[first : first + len(block)] = scale
     return values, scales
+
+
+@functools.cache
+def _say_once_unheard() -> None:
+    """Let torch tell, as it does once, that an array is read-only: nothing writes into tensors."""
+    import torch
+
+    array = np.zeros(1)
+    array.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(array)

@@ -309,6 +309,52 @@ def test_a_pickle_of_a_saved_index_holds_its_path_only(tmp_path: Path) -> None:
     assert list(again.snapshot().chunks) == list(index.snapshot().chunks)
 
 
+def test_a_pickle_remembers_the_model_that_embedded_it() -> None:
+    index = ChunkIndex.from_texts(["old"], model=FakeModel())
+    index.fingerprint = "of the model before it was trained further"
+    again = pickle.loads(pickle.dumps(index))
+    with pytest.raises(FingerprintMismatchError):
+        again.add(["new"])
+
+
+def test_who_saves_second_does_not_undo_who_saved_first(tmp_path: Path) -> None:
+    model, folder = FakeModel(), tmp_path / "index"
+    ChunkIndex.from_texts(["first"], model=model).save(folder)
+    mine, theirs = (ChunkIndex.load(folder, model=model) for _ in range(2))
+    theirs.add(["theirs"])
+    theirs.save(folder)
+    theirs.add(["more"])
+    theirs.save(folder)  # one's own saves are no surprise
+    mine.add(["mine"])
+    with pytest.raises(InvalidInputError, match="saved by someone else"):
+        mine.save(folder)
+    assert len(ChunkIndex.load(folder, model=model)) == 3
+    mine.save(tmp_path / "elsewhere")
+    mine.save(folder, overwrite=True)  # it comes from elsewhere by now, but nobody need know
+    assert [chunk.text for chunk in ChunkIndex.load(folder, model=model).snapshot().chunks] == [
+        "first",
+        "mine",
+    ]
+
+
+def test_an_update_tells_one_from_true() -> None:
+    index = ChunkIndex.from_texts(["a"], [{"n": 1}], ["id"], model=FakeModel())
+    index.add(["a"], metadatas=[{"n": True}], ids=["id"])
+    assert index.snapshot().chunks[0].metadata["n"] is True
+    for _ in range(2):  # what cannot be compared is taken to be another
+        index.add(["a"], metadatas=[{"n": np.arange(2)}], ids=["id"])
+    assert index.snapshot().chunks[0].metadata["n"].tolist() == [0, 1]
+
+
+def test_metadata_that_hold_themselves_cannot_be_saved(tmp_path: Path) -> None:
+    metadata: dict[str, Any] = {}
+    metadata["self"] = metadata
+    index = ChunkIndex.from_texts(["a"], model=FakeModel())
+    index.snapshot().chunks[0].metadata.update(metadata)
+    with pytest.raises(InvalidInputError, match="cannot be written as JSON"):
+        index.save(tmp_path / "index")
+
+
 def test_a_pickle_never_loads_an_index_that_was_saved_later(tmp_path: Path) -> None:
     model = FakeModel()
     first = ChunkIndex.from_texts(["the first"], model=model)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,9 +190,12 @@ def test_new_empty_and_old_folders(tiny_model: QRAGModel, tmp_path: Path) -> Non
     empty.mkdir()
     assert tiny_model.save_pretrained(empty) == empty
     tiny_model.save_pretrained(tmp_path / "deep" / "down")
-    (empty / "stale.txt").write_text("of an older model")
+    (empty / "fingerprint.json").write_text("of an older model")
+    (empty / ".git").mkdir()
+    (empty / ".git" / "HEAD").write_text("of the hub's repository")
     tiny_model.save_pretrained(empty)
-    assert not (empty / "stale.txt").exists()
+    assert not (empty / "fingerprint.json").exists()
+    assert (empty / ".git" / "HEAD").read_text() == "of the hub's repository"
     assert names(tmp_path) == ["deep", "empty"], "nothing temporary is left"
     assert empty.stat().st_mode & 0o777 == 0o755
     assert not list(empty.rglob("*.py")), "a model folder holds no code"
@@ -223,6 +227,38 @@ def test_a_failing_save_leaves_the_old_model(
         tiny_model.save_pretrained(folder)
     monkeypatch.undo()
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    assert names(folder.parent) == ["model"]
+
+
+def test_a_save_that_is_killed_between_its_renames_tells_where_the_old_model_is(
+    tiny_model: QRAGModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def die(self: Path, target: Path) -> Path:
+        if target == folder:
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", die)  # neither the new nor the old one comes back
+    with pytest.raises(KeyboardInterrupt):
+        tiny_model.save_pretrained(folder)
+    monkeypatch.undo()
+    with pytest.raises(ModelFormatError, match="A save of it was cut short: rename") as told:
+        load(folder)
+    Path(str(told.value).rpartition("rename ")[2].rstrip(".")).rename(folder)
+    assert load(folder).fingerprint == tiny_model.fingerprint
+
+
+def test_a_mount_point_cannot_be_replaced(
+    tiny_model: QRAGModel, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "replace", busy)
+    with pytest.raises(InvalidInputError, match="give a folder inside it"):
+        tiny_model.save_pretrained(folder)
     assert names(folder.parent) == ["model"]
 
 
