@@ -43,6 +43,7 @@ class Found(NamedTuple):
         id: Name of the question.
         question: The question.
         answer: Its answer, if the data have one.
+        other_answers: Others that are right too.
         support: The support chunks.
         retrieved: The chunks retrieved, in order.
         q_values: Q of each, or another method's score.
@@ -52,6 +53,7 @@ class Found(NamedTuple):
     id: str
     question: str
     answer: str | None
+    other_answers: tuple[str, ...]
     support: list[int]
     retrieved: list[int]
     q_values: list[float]
@@ -66,7 +68,7 @@ class Found(NamedTuple):
         """The question for a reader, with the chunks above a threshold."""
         pairs = list(zip(self.retrieved, self.texts, strict=True))
         passages = [text for _, text in sorted(pairs[: steps_above(self.beam, q_threshold)])]
-        return Task(self.question, passages, str(self.answer))
+        return Task(self.question, passages, str(self.answer), self.other_answers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +227,7 @@ class Results:
                 q_values = [pick.q_value for pick in beam.picks]
                 journal[key] = [list(beam.retrieved), q_values, texts]
         return [
-            Found(s.id, s.question, s.answer, list(s.support), *journal[key])
+            Found(s.id, s.question, s.answer, s.other_answers, list(s.support), *journal[key])
             for key, s in zip(keys, samples, strict=True)
         ]
 

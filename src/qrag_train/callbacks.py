@@ -62,6 +62,7 @@ class LastCheckpoint(Checkpoint):
         self._seconds = 60 * minutes
         self._saved_at = time.monotonic()
         self._interrupted = False
+        self._stops = False  # all processes have agreed to
         self._handler: Any = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: object) -> None:
@@ -71,10 +72,16 @@ class LastCheckpoint(Checkpoint):
         if _in_main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
 
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: object) -> None:
+        """Stop if Ctrl-C was pressed before or in a validation, which is over now."""
+        del trainer, args
+        if self._stops:
+            raise KeyboardInterrupt
+
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: object) -> None:
-        """Save if it is time to, or if Ctrl-C was pressed."""
+        """Save if it is time to, or if Ctrl-C was pressed; at a validation, after it."""
         del args
-        if not _between_updates(trainer):
+        if not _between_updates(trainer) or _validation_due(trainer):
             return
         decide = trainer.strategy.reduce_boolean_decision
         interrupted = decide(self._interrupted, all=False)
@@ -89,6 +96,7 @@ class LastCheckpoint(Checkpoint):
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and _between_updates(trainer):
             self._save(trainer)
+            self._stops = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: object) -> None:
         """Save and give Ctrl-C back."""
@@ -292,6 +300,15 @@ def _between_updates(trainer: lightning.Trainer) -> bool:
     """Whether no gradient waits for its optimiser step, which a checkpoint would lose."""
     batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
     return batches % trainer.accumulate_grad_batches == 0
+
+
+def _validation_due(trainer: lightning.Trainer) -> bool:
+    """Whether a validation follows the batch that has just ended."""
+    batches = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    every = trainer.val_check_batch
+    if every is None or every == float("inf") or not trainer.enable_validation:
+        return False
+    return batches % every == 0
 
 
 def _in_main_thread() -> bool:

@@ -197,6 +197,22 @@ def read_questions(
         raise DatasetError(
             f"Questions of the format {format} have no corpus; leave --corpus {corpus} out."
         )
+    for value, option, its in (
+        (background, "background", ("babilong", "ruler")),
+        (sentences, "sentences", ("babilong",)),
+        (tokens, "tokens", ("ruler",)),
+        (words, "words", ("ruler",)),
+        (questions, "questions", ("ruler",)),
+    ):
+        if value is not None and format not in its:
+            raise DatasetError(
+                f"--{option} belongs to the format {' or '.join(its)}, not to {format}; leave it "
+                "out, or name the format."
+            )
+    if pool and format in ("babilong", "ruler"):
+        raise DatasetError(
+            f"--pool: documents of the format {format} share no chunks; leave it out."
+        )
     kind = format if corpus is None else "corpus"
     name = Path(data).stem
     common: dict[str, Any] = {"format": kind, "corpus": corpus, "background": background}
@@ -241,6 +257,8 @@ def _training(arguments: list[str]) -> None:
     try:
         from qrag_train.training import run
     except ImportError as error:
+        if (error.name or "").startswith("qrag_"):
+            raise  # a defect of ours, no missing extra
         raise MissingDependencyError(
             f"Training needs {error.name}; install 'qrag-retriever[train]'."
         ) from error

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from qrag_retriever.errors import ConfigError
@@ -89,7 +90,7 @@ class QRAGTrainingModule(lightning.LightningModule):
             return self._imitate(batch, self.global_step * parts + batch_idx % parts)
         if self.collector is None:
             self.collector = self._make_collector(batch)
-        rollout = self.collector.collect(self.alpha)
+        rollout = self.collector.collect(self.alpha, self.global_step)
         self.model.train()
         loss = self.loss(rollout)
         self._episodes.extend(rollout.finished)
@@ -254,7 +255,7 @@ class QRAGTrainingModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` added."""
         states = checkpoint.get("rollouts")
-        if states is None:
+        if states is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         if len(states) != self.trainer.world_size:
             raise ConfigError(

@@ -43,11 +43,12 @@ _ANY_QUESTION = "Answer with the word yes."
 
 
 class Task(NamedTuple):
-    """A question for a reader: what was retrieved for it, in document order, and the answer."""
+    """A question for a reader: what was retrieved for it, in document order, and the answers."""
 
     question: str
     passages: Sequence[str]
     answer: str
+    other_answers: Sequence[str] = ()
 
 
 class Reader:
@@ -122,7 +123,7 @@ class Reader:
         return isinstance(self._answer(_ANY_QUESTION), str)
 
     def scores(self, benchmark: Benchmark, tasks: Sequence[Task]) -> dict[str, float]:
-        """Means of ``answer_em`` and ``answer_f1``.
+        """Means of ``answer_em`` and ``answer_f1``; of several right answers the nearest counts.
 
         Arguments and errors as `answers`.
 
@@ -135,7 +136,10 @@ class Reader:
                 "an answer."
             )
         answers = self.answers(benchmark, tasks)
-        pairs = [(answer, [task.answer]) for answer, task in zip(answers, tasks, strict=True)]
+        pairs = [
+            (answer, [task.answer, *task.other_answers])
+            for answer, task in zip(answers, tasks, strict=True)
+        ]
         return {
             "answer_em": sum(answer_em(*pair) for pair in pairs) / len(pairs),
             "answer_f1": sum(answer_f1(*pair) for pair in pairs) / len(pairs),

@@ -82,7 +82,8 @@ class EpisodeStream:
         self._seed = seed
 
     def __getitem__(self, number: int) -> SupportSample:
-        return self._source.sample(np.random.default_rng((*self._seed, number)))
+        # a last number that no set of fixed samples has: what validates is not drawn here too
+        return self._source.sample(np.random.default_rng((*self._seed, number, 1)))
 
 
 class RolloutCollector:
@@ -127,25 +128,28 @@ class RolloutCollector:
         self._ended = np.ones(config.environments, dtype=bool)
         self._chunks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(self._ended)
         self._embedded: dict[tuple[int, ...], Tensor] = {}
+        self._update: int | None = None
         self._new_table()
 
-    def collect(self, alpha: float) -> Rollout:
+    def collect(self, alpha: float, update: int | None = None) -> Rollout:
         """Go on by L steps with the current weights.
 
         Args:
             alpha: Temperature α of the policy and of the soft values.
+            update: Number of updates made: as long as it is the same, so are the weights. ``None``:
+                they have changed.
         """
         modes = self._model.training, self._target.training
         self._model.eval()
         self._target.eval()
         try:
-            return self._collect(alpha)
+            return self._collect(alpha, update)
         finally:
             self._model.train(modes[0])
             self._target.train(modes[1])
 
-    def _collect(self, alpha: float) -> Rollout:
-        self._begin()
+    def _collect(self, alpha: float, update: int | None) -> Rollout:
+        self._begin(update)
         steps = self._config.rollout_steps or self.environment.max_steps
         return _joined([self._step(alpha) for _ in range(steps)])
 
@@ -261,13 +265,16 @@ class RolloutCollector:
             finished.append(Episode(float(self._returns[episode]), scores.em, scores.f1))
         return finished
 
-    def _begin(self) -> None:
+    def _begin(self, update: int | None) -> None:
         """Take note that the weights have changed."""
         if len(self.table) > _MOST_TEXTS:
             self._new_table()
-            self._chunks = [self.table.numbers(s.chunks) for s in self.environment.samples]
-        self.embeddings.advance()
-        self._embedded.clear()
+            for episode, sample in enumerate(self.environment.samples):
+                self._number(episode, sample)
+        if update is None or update != self._update:
+            self.embeddings.advance()
+        self._update = update
+        self._embedded.clear()  # their graph is gone
         if not self._ended.any():
             self._place()
 
@@ -285,8 +292,11 @@ class RolloutCollector:
         """Begin some episodes."""
         self.environment.reset(episodes, samples)
         for episode, sample in zip(episodes, samples, strict=True):
-            self._chunks[episode] = self.table.numbers(sample.chunks)
-            self.embeddings.mark_support(self._chunks[episode][list(sample.support)])
+            self._number(episode, sample)
+
+    def _number(self, episode: int, sample: SupportSample) -> None:
+        self._chunks[episode] = self.table.numbers(sample.chunks)
+        self.embeddings.mark_support(self._chunks[episode][list(sample.support)])
 
     def _place(self) -> None:
         """Embed what is not embedded yet, and note the embedding of each chunk in play."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qrag_retriever.search import SearchOptions
 from qrag_train.evaluation import EmbeddedTexts, search_samples
 from qrag_train.metrics import retrieval_metrics
@@ -13,8 +15,6 @@ from qrag_train.rewards import path_return
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import torch
 
     from qrag_train.data.sample import SupportSample
 
@@ -42,9 +42,12 @@ class ValidatedTrainingModule(QRAGTrainingModule):
     def on_validation_epoch_start(self) -> None:
         """Begin to keep embeddings of texts that recur from batch to batch."""
         self._known = EmbeddedTexts(self.averaged)
+        self._sums: dict[str, float] = {}
+        self._judged = 0
 
     def on_validation_epoch_end(self) -> None:
-        """Forget them: the encoder is about to change."""
+        """Log the means and forget the embeddings: the encoder is about to change."""
+        self._log_means("val")
         del self._known
 
     def on_test_epoch_start(self) -> None:
@@ -52,18 +55,19 @@ class ValidatedTrainingModule(QRAGTrainingModule):
         self.on_validation_epoch_start()
 
     def on_test_epoch_end(self) -> None:
-        """Forget them."""
-        self.on_validation_epoch_end()
+        """Log the means and forget the embeddings."""
+        self._log_means("test")
+        del self._known
 
     def validation_step(self, batch: Sequence[SupportSample], batch_idx: int) -> None:
-        """Retrieve for some validation questions and log the scores."""
+        """Retrieve for some validation questions."""
         del batch_idx
-        self._judge("val", batch)
+        self._judge(batch)
 
     def test_step(self, batch: Sequence[SupportSample], batch_idx: int) -> None:
-        """Retrieve for some test questions and log the scores."""
+        """Retrieve for some test questions."""
         del batch_idx
-        self._judge("test", batch)
+        self._judge(batch)
 
     def on_validation_end(self) -> None:
         """Leave the validation out of the transitions per second."""
@@ -76,15 +80,29 @@ class ValidatedTrainingModule(QRAGTrainingModule):
         del device, dataloader_idx
         return batch
 
-    def _judge(self, part: str, samples: Sequence[SupportSample]) -> None:
+    def _judge(self, samples: Sequence[SupportSample]) -> None:
         options = SearchOptions(self.budget, runners_up=0)
         beams = search_samples(self.averaged, samples, options, self._known)
         paths = [beam.retrieved for beam in beams]
         support = [sample.support for sample in samples]
         scores = retrieval_metrics(paths, support)
-        logged = {f"{part}/{name}": scores[name] for name in _LOGGED}
-        logged[f"{part}/return"] = sum(
+        found = {name: scores[name] * len(samples) for name in _LOGGED}
+        found["return"] = sum(
             path_return(path, facts, self.pqn.reward, self.pqn.gamma)
             for path, facts in zip(paths, support, strict=True)
-        ) / len(samples)
-        self.log_dict(logged, batch_size=len(samples), sync_dist=True)
+        )
+        for name, value in found.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._judged += len(samples)
+
+    def _log_means(self, part: str) -> None:
+        """Means over the questions of all processes, which may have different numbers of them."""
+        names = [*_LOGGED, "return"]
+        sums = [self._sums.get(name, 0.0) for name in names]
+        total = torch.tensor([*sums, self._judged], device=self.device)
+        *means, count = self.trainer.strategy.reduce(total, reduce_op="sum").tolist()
+        if count:
+            logged = {
+                f"{part}/{name}": mean / count for name, mean in zip(names, means, strict=True)
+            }
+            self.log_dict(logged)

@@ -18,7 +18,7 @@ def test_lengths_are_written_short(tokens, name):
 
 
 def found(retrieved: list[int], q_values: list[float]) -> Found:
-    return Found("1", "?", "x", [4, 1], retrieved, q_values, [f"text {i}" for i in retrieved])
+    return Found("1", "?", "x", (), [4, 1], retrieved, q_values, [f"text {i}" for i in retrieved])
 
 
 BOTH = [found([1, 4, 7], [0.9, 0.8, 0.1]), found([4, 2, 1], [0.7, 0.4, 0.3])]

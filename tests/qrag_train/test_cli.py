@@ -575,6 +575,7 @@ Path(sys.argv[1]).with_name(f"rank{rank}.json").write_text(json.dumps(report))
 def test_two_processes_have_their_own_episodes_and_equal_weights(tmp_path: Path) -> None:
     options = {"trainer.strategy": "ddp", "trainer.devices": 2}
     arguments = fit_options(tmp_path, updates=4, **options)
+    write_questions(tmp_path / "val.jsonl", 13, seed=2)  # one process has one more than the other
     (tmp_path / "arguments.json").write_text(json.dumps(arguments))
     script = tmp_path / "script.py"
     script.write_text(DISTRIBUTED)
@@ -598,6 +599,23 @@ def test_two_processes_have_their_own_episodes_and_equal_weights(tmp_path: Path)
     figures = QRAGModel.from_pretrained(model).config.training["figures"]
     row = json.loads(output.read_text())["rows"][0]
     assert figures["val/fact_em"] == pytest.approx(row["fact_em"])
+    # and one process judges what two have trained
+    checkpoint = next((tmp_path / "run").rglob("last.ckpt"))
+    again = ["validate", f"--output_dir={tmp_path / 'run'}", f"--ckpt_path={checkpoint}"]
+    assert main([*again, "--trainer.devices=1", "--trainer.strategy=auto"]) == 0
+
+
+def test_options_of_another_format_are_refused(tmp_path: Path) -> None:
+    file = str(write_questions(tmp_path / "q.jsonl", 3))
+    for option in ("background", "words", "questions"):
+        with pytest.raises(DatasetError, match=f"--{option} belongs to the format"):
+            read_questions(file, **{option: "there is no such file"})  # type: ignore[arg-type]
+    with pytest.raises(DatasetError, match="--sentences belongs to the format babilong"):
+        read_questions(file, sentences=[50])
+    with pytest.raises(
+        DatasetError, match="--pool: documents of the format babilong share no chunks"
+    ):
+        read_questions("simulated:1", "babilong", background=str(tmp_path), pool=True)
 
 
 WITHOUT = """

@@ -84,6 +84,8 @@ def test_weights_are_given_to_all_or_none(files: list[str]) -> None:
 def test_a_file_and_sources_exclude_each_other(files: list[str]) -> None:
     with pytest.raises(DatasetError, match="train_file or train, not both"):
         SupportDataModule(files[0], train=[SourceConfig(files[1])])
+    with pytest.raises(DatasetError, match="give each source of train its own corpus"):
+        SupportDataModule(train=[SourceConfig(files[1])], corpus="corpus.jsonl")
 
 
 def test_val_samples_is_checked() -> None:

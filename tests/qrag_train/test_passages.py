@@ -101,8 +101,10 @@ def test_open_corpus_is_shared(tmp_path):
 def test_musique(tmp_path):
     path = tmp_path / "m.jsonl"
     unanswerable = {**MUSIQUE, "id": "u", "answerable": False}
-    path.write_text(f"{json.dumps(MUSIQUE)}\n{json.dumps(unanswerable)}\n")
+    named = {**MUSIQUE, "answer_aliases": ["Jorvik"]}
+    path.write_text(f"{json.dumps(named)}\n{json.dumps(unanswerable)}\n")
     (sample,) = read_musique(path)
+    assert sample.other_answers == pooled([sample])[0].other_answers == ("Jorvik",)
     assert sample.id == "2hop__1_2"
     assert sample.chunks == ("A. Aa.", "B. Ba.", "B. Bb.")
     assert sample.support == (1, 2)

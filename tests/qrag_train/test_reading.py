@@ -80,6 +80,8 @@ def test_answers_are_scored_and_not_asked_for_again(
     again = Reader(llm(kind, "http://127.0.0.1:9/v1"), "tiny", Journal(file))
     assert again.scores("babilong", TASKS) == pytest.approx(scores)
     assert len(server.asked) == 6
+    named = [task._replace(other_answers=[task.answer.split()[-1]]) for task in TASKS]
+    assert again.scores("babilong", named)["answer_em"] == 1
     # another benchmark's prompt, and another reader, are other questions
     reader.answers("multihop", TASKS)
     Reader(llm(kind, server.url), "small", Journal(file)).answers("babilong", TASKS)

@@ -13,7 +13,7 @@ from qrag_retriever.model import QRAGModel
 from qrag_retriever.rotary import rotate
 from qrag_retriever.state import in_state_order
 from qrag_train.data.mixture import Mixture
-from qrag_train.data.sample import SampleList, SampleSource, SupportSample
+from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
 from qrag_train.rewards import RewardConfig
 from qrag_train.rollout import EpisodeStream, Rollout, RolloutCollector
 from qrag_train.settings import PQNConfig
@@ -166,6 +166,26 @@ def test_runs_in_evaluation_mode_and_leaves_the_mode_as_it_was(model: QRAGModel)
     assert seen
     assert not any(seen)
     assert model.training
+
+
+@pytest.mark.parametrize("refresh_every", [0, 4])
+def test_what_was_embedded_lasts_for_updates_not_for_batches(
+    model: QRAGModel, refresh_every: int
+) -> None:
+    longer = Colours(6, support=3)  # no episode ends meanwhile
+    settings = {"refresh_every": refresh_every, "rollout_steps": 1}
+    one = collector_of(model, shaken(model), longer, **settings)
+    one.collect(0.1, update=5)
+    embedded = one.embeddings.embedded
+    one.collect(0.1, update=5)  # a second batch before the optimiser's step
+    assert one.embeddings.embedded == embedded
+    one.collect(0.1, update=6)
+    assert one.embeddings.embedded > embedded
+
+
+def test_no_sample_of_training_is_one_of_a_fixed_set() -> None:
+    stream, fixed = EpisodeStream(SOURCE, (1, 0)), FixedSamples(SOURCE, 20, seed=1)
+    assert not {stream[i] for i in range(20)} & set(fixed)
 
 
 @pytest.mark.parametrize("refresh_every", [0, 4])

@@ -120,6 +120,8 @@ def test_paragraphs_stand_once_among_others(task, seed, tokens):
     own = set(question.chunks)
     if tokens >= 60:
         assert own <= set(sample.chunks)
+    if {chunk for q in QUESTIONS for chunk in q.chunks} - set(sample.chunks):
+        assert not any("of the book" in chunk for chunk in sample.chunks), "paragraphs are left"
     if tokens == 500:  # more than all paragraphs: books fill the rest
         assert {chunk for q in QUESTIONS for chunk in q.chunks} <= set(sample.chunks)
         assert sum("of the book" in chunk for chunk in sample.chunks) > 3
@@ -185,9 +187,9 @@ def test_word_lists(tmp_path: Path):
 
 def squad(tmp_path: Path) -> Path:
     def paragraph(number: int) -> dict[str, object]:
-        answer = {"text": f"a{number}", "answer_start": 0}
+        answers = [{"text": text, "answer_start": 0} for text in (f"a{number}", "it", "it")]
         questions = [
-            {"id": f"{number}-{i}", "question": f" What is {number}? ", "answers": [answer]}
+            {"id": f"{number}-{i}", "question": f" What is {number}? ", "answers": answers}
             for i in range(2)
         ]
         questions.append({"id": "no", "question": "?", "answers": [], "is_impossible": True})
@@ -204,7 +206,7 @@ def test_squad(tmp_path: Path):
     samples = read_squad(squad(tmp_path))
     assert [sample.id for sample in samples] == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
     chunks = ("One. It is 0.", "One. It is 1.")
-    assert samples[2] == SupportSample("1-0", "What is 1?", chunks, (1,), "a1")
+    assert samples[2] == SupportSample("1-0", "What is 1?", chunks, (1,), "a1", ("it",))
     assert samples[5].chunks == ("It is 2.",)
     wrong = tmp_path / "wrong.json"
     for content in ["[1]", "{}", '{"data": 5}']:

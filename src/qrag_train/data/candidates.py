@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -77,12 +78,10 @@ class CandidateSets:
                 chosen.setdefault(chunk)
         candidates = sorted(list(chosen)[:size])
         place = {chunk: i for i, chunk in enumerate(candidates)}
-        return SupportSample(
-            question.id,
-            question.question,
-            tuple(question.chunks[chunk] for chunk in candidates),
-            tuple(place[chunk] for chunk in question.support),
-            question.answer,
+        return dataclasses.replace(
+            question,
+            chunks=tuple(question.chunks[chunk] for chunk in candidates),
+            support=tuple(place[chunk] for chunk in question.support),
         )
 
 

@@ -218,6 +218,10 @@ def _sources(
 ) -> list[SourceConfig]:
     if file is not None and sources:
         raise DatasetError(f"Give {part}_file or {part}, not both.")
+    if corpus is not None and sources:
+        raise DatasetError(
+            f"data.corpus belongs to {part}_file; give each source of {part} its own corpus."
+        )
     if file is not None:
         return [SourceConfig(file, "corpus" if corpus else "jsonl", corpus)]
     return list(sources or [])

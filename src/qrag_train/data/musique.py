@@ -45,4 +45,5 @@ def _sample(record: dict[str, Any]) -> SupportSample:
         chunks=tuple(passage(p["title"], p["paragraph_text"]) for p in paragraphs),
         support=tuple(i for i, p in enumerate(paragraphs) if p["is_supporting"]),
         answer=record.get("answer"),
+        other_answers=tuple(record.get("answer_aliases", ())),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -95,13 +96,11 @@ def pooled(samples: Sequence[SupportSample]) -> SampleList:
             places.setdefault(chunk, len(places))
     corpus = tuple(places)
     return SampleList(
-        SupportSample(
-            sample.id,
-            sample.question,
-            corpus,
+        dataclasses.replace(
+            sample,
+            chunks=corpus,
             # a passage that stands twice among a question's own counts once
-            tuple(dict.fromkeys(places[sample.chunks[i]] for i in sample.support)),
-            sample.answer,
+            support=tuple(dict.fromkeys(places[sample.chunks[i]] for i in sample.support)),
         )
         for sample in samples
     )

@@ -191,17 +191,19 @@ class Ruler:
         rest = [chunk for chunk in dict.fromkeys(asked.chunks) if chunk not in support]
         own = {*support, *rest}
         order = rng.permutation(len(self._pool)).tolist()
-        others = (self._pool[i] for i in order if self._pool[i] not in own)
+        paragraphs = [*rest, *(self._pool[i] for i in order if self._pool[i] not in own)]
         room -= _length(support)
-        noise = _within((*rest, *others), room)
-        sentences = self._background.stretch_of(max(room - _length(noise), 0), rng)
-        noise += [
-            " ".join(sentences[i : i + _SENTENCES]) for i in range(0, len(sentences), _SENTENCES)
-        ]
+        noise = _within(paragraphs, room)
+        if len(noise) == len(paragraphs):  # they do not suffice
+            sentences = self._background.stretch_of(max(room - _length(noise), 0), rng)
+            noise += [
+                " ".join(sentences[i : i + _SENTENCES])
+                for i in range(0, len(sentences), _SENTENCES)
+            ]
         noise = [noise[i] for i in rng.permutation(len(noise))]
         chunks, places = scatter([support[i] for i in rng.permutation(len(support))], noise, rng)
-        return SupportSample(
-            f"{asked.id}-{self._name(rng)}", asked.question, chunks, tuple(places), asked.answer
+        return dataclasses.replace(
+            asked, id=f"{asked.id}-{self._name(rng)}", chunks=chunks, support=tuple(places)
         )
 
 

@@ -21,6 +21,7 @@ class SupportSample:
         chunks: The chunks c_0 … c_{N-1} in document order; samples on one corpus share one tuple.
         support: Indices of the support chunks F*; their order has no meaning.
         answer: The expected answer, for scoring a reader; ``None`` if the dataset has none.
+        other_answers: Further answers that are right too.
 
     Raises:
         DatasetError: If a field is empty, of the wrong type, or ``support`` repeats an index or
@@ -36,6 +37,7 @@ class SupportSample:
     chunks: tuple[str, ...]
     support: tuple[int, ...]
     answer: str | None = None
+    other_answers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # The chunks are not looked at one by one: a corpus of millions is shared by many samples.

@@ -41,8 +41,11 @@ def read_squad(path: str | Path) -> SampleList:
             for place, paragraph in enumerate(article["paragraphs"]):
                 for question in paragraph["qas"]:
                     if not question.get("is_impossible", False):
-                        text, answer = question["question"].strip(), question["answers"][0]["text"]
+                        text = question["question"].strip()
+                        first, *others = dict.fromkeys(a["text"] for a in question["answers"])
                         samples.append(
-                            SupportSample(question["id"], text, chunks, (place,), answer)
+                            SupportSample(
+                                question["id"], text, chunks, (place,), first, tuple(others)
+                            )
                         )
     return problems.checked(samples)
