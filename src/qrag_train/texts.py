@@ -114,9 +114,10 @@ class ChunkEmbeddings:
         self._is_support[numbers] = True
 
     def mark_chosen(self, numbers: Sequence[int]) -> None:
-        """Embed these texts anew after the update."""
+        """Embed these texts anew after the update, as support is anyway."""
+        background = np.asarray(numbers)[~self._is_support[numbers]]
         due_next = self._update + 1 - self._refresh_every
-        self._stamp[numbers] = np.minimum(self._stamp[numbers], due_next)
+        self._stamp[background] = np.minimum(self._stamp[background], due_next)
 
     def rows(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Rows of texts in `vectors`, embedded now where they have to be."""
