@@ -79,11 +79,14 @@ class Constructors:
             ModelFormatError: If the model cannot be loaded.
         """
         settings = resolve_aliases({"model": model, **settings})
+        model = resolve_model(settings.pop("model"))
+        # what is wrong with the settings is said before anything is embedded
+        cls(index=ChunkIndex(model, ann=ann, dtype=dtype), **settings)  # type: ignore[call-arg]
         index = ChunkIndex.from_texts(
             texts,
             metadatas,
             ids,
-            model=resolve_model(settings.pop("model")),
+            model=model,
             dtype=dtype,
             ann=ann,
             show_progress=show_progress,
@@ -110,9 +113,12 @@ class Constructors:
         Arguments and errors as `from_texts`.
         """
         settings = resolve_aliases({"model": model, **settings})
+        model = resolve_model(settings.pop("model"))
+        # what is wrong with the settings is said before anything is embedded
+        cls(index=ChunkIndex(model, ann=ann, dtype=dtype), **settings)  # type: ignore[call-arg]
         index = ChunkIndex.from_documents(
             documents,
-            model=resolve_model(settings.pop("model")),
+            model=model,
             dtype=dtype,
             ann=ann,
             show_progress=show_progress,

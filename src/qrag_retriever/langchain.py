@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import (
@@ -153,7 +153,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
 
         Args:
             inputs: The queries.
-            config: One configuration for all, or one each.
+            config: One configuration for all, or one each; with ``max_concurrency`` in the one
+                for all so many queries share a pass.
             return_exceptions: Return a query's exception in its place; then each query runs alone.
             **kwargs: Settings for this call, as `search`.
 
@@ -163,19 +164,22 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         if return_exceptions:
             return super().batch(inputs, config, return_exceptions=True, **kwargs)
         configs = get_config_list(config, len(inputs))
+        if parts := _parts(inputs, config):
+            results = [self.batch(inputs[part], configs[part], **kwargs) for part in parts]
+            return [documents for some in results for documents in some]
         runs = [self._open_run(query, own) for query, own in zip(inputs, configs, strict=True)]
-        results: list[list[Document]] = [[] for _ in inputs]
+        found: list[list[Document]] = [[] for _ in inputs]
         try:
             for number, step in self.stream_search_batch(inputs, **known_overrides(kwargs)):
                 _report(runs[number], step)
-                results[number].append(self._document(step))
+                found[number].append(self._document(step))
         except BaseException as error:
             for run in runs:
                 run.on_retriever_error(error)
             raise
-        for run, documents in zip(runs, results, strict=True):
+        for run, documents in zip(runs, found, strict=True):
             run.on_retriever_end(documents)
-        return results
+        return found
 
     async def abatch(
         self,
@@ -189,22 +193,25 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         if return_exceptions:
             return await super().abatch(inputs, config, return_exceptions=True, **kwargs)
         configs = get_config_list(config, len(inputs))
+        if parts := _parts(inputs, config):
+            results = [await self.abatch(inputs[part], configs[part], **kwargs) for part in parts]
+            return [documents for some in results for documents in some]
         pairs = zip(inputs, configs, strict=True)
         runs = [await self._aopen_run(query, own) for query, own in pairs]
-        results: list[list[Document]] = [[] for _ in inputs]
+        found: list[list[Document]] = [[] for _ in inputs]
         try:
             ready = await self._prepared(inputs)
             steps = ready.stream_search_batch(inputs, **known_overrides(kwargs))
             async for number, step in _in_threads(steps):
                 await _areport(runs[number], step)
-                results[number].append(self._document(step))
+                found[number].append(self._document(step))
         except BaseException as error:
             for run in runs:
                 await run.on_retriever_error(error)
             raise
-        for run, documents in zip(runs, results, strict=True):
+        for run, documents in zip(runs, found, strict=True):
             await run.on_retriever_end(documents)
-        return results
+        return found
 
     def stream(
         self, input: str, config: RunnableConfig | None = None, **kwargs: Any
@@ -320,6 +327,14 @@ def _own_error(error: ValidationError) -> QRAGError:
     return InvalidInputError(
         f"The retriever's settings do not fit. {'; '.join(lines)}. Known settings: {known}."
     )
+
+
+def _parts(inputs: Sequence[str], config: Any) -> list[slice]:
+    """The parts in which to search for queries, where a configuration limits how many at once."""
+    most = (config or {}).get("max_concurrency") if not isinstance(config, list) else None
+    if not most or most >= len(inputs):
+        return []
+    return [slice(first, first + most) for first in range(0, len(inputs), most)]
 
 
 def _report(run: CallbackManagerForRetrieverRun, step: Step) -> None:

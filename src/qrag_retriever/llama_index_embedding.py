@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 
+from qrag_retriever.collector import in_thread
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.model_choice import resolve_model
 
@@ -33,6 +33,7 @@ class QRAGEmbedding(BaseEmbedding):
 
     Attributes:
         model: The model.
+        fingerprint: Of its action encoder, so that LlamaIndex's caches tell models apart.
 
     Example:
         .. code-block:: python
@@ -42,6 +43,8 @@ class QRAGEmbedding(BaseEmbedding):
             retriever = QRAGRetriever.from_vector_store(index, model=embedding.model)
     """
 
+    # LlamaIndex keeps embeddings by what an embedder dumps: two models must not dump the same
+    fingerprint: str = Field(default="", description="Of the model; set by itself.")
     _model: QRAGModel = PrivateAttr()
 
     def __init__(self, model: QRAGModel | str | Path | None = None, **settings: Any) -> None:
@@ -49,13 +52,20 @@ class QRAGEmbedding(BaseEmbedding):
             model = settings.get("model_name")
         loaded = resolve_model(model)
         name = _NAMELESS if model is None or isinstance(model, QRAGModel) else str(model)
-        super().__init__(**{"model_name": name, "embed_batch_size": 64, **settings})
+        settings = {"model_name": name, "embed_batch_size": 64, **settings}
+        super().__init__(**{**settings, "fingerprint": loaded.fingerprint})
         self._model = loaded
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = self.model_fields_set - {"callback_manager"}
         settings = {name: getattr(self, name) for name in names}
         return functools.partial(type(self), self._model, **settings), ()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> QRAGEmbedding:
+        """An embedding of its own with the same model."""
+        make, arguments = self.__reduce__()
+        copied: QRAGEmbedding = make(*arguments)
+        return copied
 
     @property
     def model(self) -> QRAGModel:
@@ -79,10 +89,10 @@ class QRAGEmbedding(BaseEmbedding):
         return self._get_text_embeddings([text])[0]
 
     async def _aget_query_embedding(self, query: str) -> list[float]:
-        return await asyncio.to_thread(self._get_query_embedding, query)
+        return await in_thread(self._get_query_embedding, query)
 
     async def _aget_text_embedding(self, text: str) -> list[float]:
-        return await asyncio.to_thread(self._get_text_embedding, text)
+        return await in_thread(self._get_text_embedding, text)
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
-        return await asyncio.to_thread(self._get_text_embeddings, texts)
+        return await in_thread(self._get_text_embeddings, texts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from pydantic import PrivateAttr
 
+from qrag_retriever.collector import in_thread
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.second_stage import Selector
@@ -37,8 +38,15 @@ class QRAGNodePostprocessor(BaseNodePostprocessor):
     _selector: Selector = PrivateAttr()
 
     def __init__(self, model: QRAGModel | str | Path | None = None, **settings: Any) -> None:
-        super().__init__()
+        outer = {name: settings.pop(name) for name in ("callback_manager",) if name in settings}
+        super().__init__(**outer)
         self._selector = Selector(model, **settings)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # LlamaIndex's own way calls __init__ with what it dumps, which has no model
+        model, options = self._selector.model, self._selector.options
+        settings = {"k": options.k, "q_threshold": options.q_threshold}
+        return functools.partial(type(self), model, **settings), ()
 
     @classmethod
     def class_name(cls) -> str:
@@ -56,4 +64,4 @@ class QRAGNodePostprocessor(BaseNodePostprocessor):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        return await asyncio.to_thread(self._postprocess_nodes, nodes, query_bundle)
+        return await in_thread(self._postprocess_nodes, nodes, query_bundle)

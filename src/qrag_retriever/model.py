@@ -66,7 +66,7 @@ class QRAGModel(nn.Module):
     @classmethod
     def from_encoder(
         cls,
-        encoder: str | Path | None = None,
+        encoder: str | Path | SentenceTransformer | None = None,
         positions: PositionMode = "none",
         *,
         device: str | None = None,
@@ -80,8 +80,9 @@ class QRAGModel(nn.Module):
         """An untrained model: both encoders start as copies of one pretrained embedder.
 
         Args:
-            encoder: Folder or hub name of a Sentence-Transformers or Transformers embedder;
-                ``None``: all-MiniLM-L6-v2, from the ``offline`` extra where that is installed.
+            encoder: Folder or hub name of a Sentence-Transformers or Transformers embedder, or a
+                ``SentenceTransformer``, which is copied; ``None``: all-MiniLM-L6-v2, from the
+                ``offline`` extra where that is installed.
             positions: How a chunk's place enters its Q-value, see `QRAGConfig`.
             device: Where to compute; ``None``: a GPU if there is one.
             dtype: Precision of the weights; embeddings always leave as float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import re
@@ -97,18 +98,20 @@ def default_device() -> str:
 
 
 def load_embedder(
-    encoder: str | Path | None, *, trust_remote_code: bool = False
+    encoder: str | Path | SentenceTransformer | None, *, trust_remote_code: bool = False
 ) -> SentenceTransformer:
-    """Load a pretrained embedder on the CPU, in float32.
+    """A pretrained embedder on the CPU, in float32.
 
     Args:
-        encoder: Folder or hub name; ``None``: all-MiniLM-L6-v2.
+        encoder: Folder or hub name, or an embedder to copy; ``None``: all-MiniLM-L6-v2.
         trust_remote_code: Let the embedder's own code run.
 
     Raises:
         ModelFormatError: If there is no such embedder, or its files are unusable.
         UnsafeModelError: If its folder asks for code to be run and that is not allowed.
     """
+    if isinstance(encoder, SentenceTransformer):
+        return copy.deepcopy(encoder).to("cpu", torch.float32)
     name = str(Path(encoder or offline.DEFAULT_ENCODER).expanduser())
     if name == offline.DEFAULT_ENCODER and offline.is_installed():
         name = str(offline.minilm_folder())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llama_index.core.callbacks import CallbackManager
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from qrag_retriever import langchain
 from qrag_retriever.llama_index import LlamaIndexHooks
@@ -40,6 +40,15 @@ class QRAGRetriever(langchain.QRAGRetriever, LlamaIndexHooks):
     )
     object_map: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     verbose: bool = False
+
+    @field_validator("callback_manager", "object_map", mode="before")
+    @classmethod
+    def _some(cls, value: Any, info: ValidationInfo) -> Any:
+        """None is what LlamaIndex's own retrievers take for the default."""
+        kind = CallbackManager if info.field_name == "callback_manager" else dict
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"give a {kind.__name__}, or None")
+        return kind() if value is None else value
 
     @property
     def _verbose(self) -> bool:  # type: ignore[override]

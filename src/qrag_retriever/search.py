@@ -213,7 +213,11 @@ class Search:
             noise, t = self._random.gumbel(size=q.shape), float(options.temperature)
             # the same order either way; this way no temperature overflows
             keys = q + t * noise if t < 1 else q / t + noise
-            return [self._extend(beam, best_actions(keys, take), ranked, q)]
+            if options.q_threshold is not None:
+                keys[q < options.q_threshold] = -np.inf
+            drawn = best_actions(keys, take)
+            stopped: StopReason | None = "threshold" if len(drawn) < take else None
+            return [self._extend(beam, drawn, ranked, q, stopped=stopped)]
         head, others = ranked[: take - 1], ranked[take - 1 : above]
         if not others:  # fewer than wanted at once are left, or reach the threshold
             reason: StopReason = "threshold" if above < len(ranked) else "exhausted"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import hashlib
 import itertools
@@ -142,8 +143,10 @@ class SecondStage(Corpus):
         return twin
 
     async def fetched(self, queries: Iterable[str]) -> SecondStage:
-        """The same with what the base retriever finds asynchronously, one query after the other."""
-        return self.having({query: await self._fetch(query) for query in dict.fromkeys(queries)})
+        """The same with what the base retriever finds asynchronously, for all queries at a time."""
+        asked = list(dict.fromkeys(queries))
+        found = await asyncio.gather(*map(self._fetch, asked))
+        return self.having(dict(zip(asked, found, strict=True)))
 
     async def _fetch(self, query: str) -> list[Any]:
         for name in ("ainvoke", "aretrieve"):
@@ -179,7 +182,7 @@ class SecondStage(Corpus):
             InvalidInputError: If it returns something else than Documents, nodes and texts, or the
                 filter is malformed.
         """
-        found = [self._chunks(query) for query in queries]
+        found = [self._chunks(items) for items in self._all_found(queries)]
         vectors = self._cache.embed([chunk.embed_text for chunks in found for chunk in chunks])
         result, start = [], 0
         for chunks in found:
@@ -192,9 +195,17 @@ class SecondStage(Corpus):
             )
         return result
 
-    def _chunks(self, query: str) -> list[Candidate]:
-        """The candidates for a query; of several with one id the first."""
-        found = self.found[query] if query in self.found else self._ask(query)
+    def _all_found(self, queries: Sequence[str]) -> list[Sequence[Any]]:
+        """What the base retriever finds for each query; LangChain's are asked for all at once."""
+        found = dict(self.found)
+        asked = [query for query in dict.fromkeys(queries) if query not in found]
+        if len(asked) > 1 and hasattr(self._base, "batch"):
+            found.update(zip(asked, map(self._first, self._base.batch(asked)), strict=True))
+        found.update((query, self._ask(query)) for query in asked if query not in found)
+        return [found[query] for query in queries]
+
+    def _chunks(self, found: Sequence[Any]) -> list[Candidate]:
+        """The candidates among what was found; of several with one id the first."""
         items: dict[Any, Any] = {}
         for number, item in enumerate(found):
             bare = item.node if hasattr(item, "node") and hasattr(item, "score") else item
@@ -263,7 +274,11 @@ def _asking_for(base: Any, candidates: int) -> Any:
         own["search_kwargs"] = given
     if own:
         return base.model_copy(update=own)
-    if hasattr(base, "similarity_top_k"):
+    if "bound" in fields:  # a LangChain runnable with a configuration
+        return base.model_copy(update={"bound": _asking_for(base.bound, candidates)})
+    if hasattr(type(base), "similarity_top_k") or "similarity_top_k" in getattr(
+        base, "__dict__", ()
+    ):
         base = copy.copy(base)
         base.similarity_top_k = candidates
     return base

@@ -21,8 +21,18 @@ from corpus import (
     shared_model,
 )
 from langchain_core.documents import Document
+from sentence_transformers import SentenceTransformer
 
-from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever, langchain, llama_index, model_files
+from qrag_retriever import (
+    ChunkIndex,
+    QRAGEmbedding,
+    QRAGEmbeddings,
+    QRAGModel,
+    QRAGRetriever,
+    langchain,
+    llama_index,
+    model_files,
+)
 from qrag_retriever import index as index_module
 from qrag_retriever.adapter import resolve_aliases
 from qrag_retriever.errors import (
@@ -103,6 +113,36 @@ def test_from_documents_takes_any_mix(kind):
 def test_from_texts_refuses_what_does_not_fit(kind, arguments, settings):
     with pytest.raises(InvalidInputError):
         kind.from_texts(*arguments, model=MODEL, **settings)
+
+
+@either
+@pytest.mark.parametrize(
+    "settings", [{"k": 0}, {"top_k": 4}, {"q_threshold": float("nan")}, {"ann": "annoy"}]
+)
+def test_wrong_settings_are_refused_before_anything_is_embedded(kind, settings, monkeypatch):
+    monkeypatch.setattr(QRAGModel, "encode_actions", None)
+    with pytest.raises(QRAGError):
+        kind.from_texts(TEXTS, model=MODEL, **settings)
+    with pytest.raises(QRAGError):
+        kind.from_documents(TEXTS, model=MODEL, **settings)
+
+
+@either
+def test_ann_of_the_index(kind):
+    model = shared_model("none")
+    retriever = kind.from_texts(TEXTS, model=model, ann="flat", k=3)
+    assert retriever.index.ann == "flat"
+    exact = kind.from_texts(TEXTS, model=model, k=3)
+    assert retriever.search(QUERY).chunk_ids == exact.search(QUERY).chunk_ids
+
+
+@either
+def test_embedders_of_other_kinds_as_the_model(kind):
+    embedder = SentenceTransformer(str(encoder_folder()), device="cpu")
+    texts = kind.from_texts(TEXTS, model=embedder, k=2).search(QUERY).chunk_ids
+    assert texts == kind.from_texts(TEXTS, model=encoder_folder(), k=2).search(QUERY).chunk_ids
+    for embeddings in (QRAGEmbeddings(MODEL), QRAGEmbedding(MODEL)):
+        assert kind.from_texts(TEXTS, model=embeddings).model is MODEL
 
 
 def test_a_model_that_is_none_is_named():

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import numpy as np
 import pytest
+import torch
 from corpus import IDS, QUERIES, QUERY, TEXTS, make_index, model_copy_in, shared_model
 from langchain_core.embeddings import Embeddings
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
+from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.schema import MetadataMode, TextNode
 
-from qrag_retriever import QRAGEmbedding, QRAGEmbeddings, QRAGRetriever
+from qrag_retriever import QRAGEmbedding, QRAGEmbeddings, QRAGModel, QRAGRetriever
 from qrag_retriever.errors import InvalidInputError
 
 MODEL = shared_model()
@@ -51,6 +54,25 @@ async def test_llama_index():
     assert "weight" not in str(embedding.to_dict())
     copied = pickle.loads(pickle.dumps(QRAGEmbedding(MODEL, embed_batch_size=4, num_workers=3)))
     assert (copied.embed_batch_size, copied.num_workers) == (4, 3)
+
+
+def test_caches_of_llama_index_tell_models_apart(tmp_path):
+    other = QRAGModel.from_pretrained(model_copy_in(tmp_path))
+    with torch.no_grad():
+        next(other.action_encoder.parameters()).mul_(2)
+    cache, nodes = IngestionCache(), [TextNode(text=text) for text in TEXTS[:2]]
+    for model in (MODEL, other):
+        pipeline = IngestionPipeline(transformations=[QRAGEmbedding(model)], cache=cache)
+        found = pipeline.run(nodes=nodes)
+        same([node.embedding for node in found], model.encode_actions(TEXTS[:2]))
+
+
+def test_a_deep_copy_shares_the_model():
+    embedding = QRAGEmbedding(MODEL, embed_batch_size=4)
+    copied = copy.deepcopy(embedding)
+    assert copied.model is MODEL
+    assert copied is not embedding
+    assert copied.embed_batch_size == 4
 
 
 def test_nodes_are_embedded_by_what_they_show_to_an_embedder():

@@ -151,6 +151,16 @@ async def test_a_batch_takes_one_encoder_pass_a_step(counted):
     assert passes == [3, 3, 3] * 2
 
 
+async def test_a_batch_is_cut_where_a_configuration_says_how_many_at_once(counted):
+    retriever, passes = counted
+    alone = [retriever.invoke(query) for query in QUERIES]
+    passes.clear()
+    config = {"max_concurrency": 2}
+    assert retriever.batch(QUERIES, config) == alone
+    assert await retriever.abatch(QUERIES, config) == alone
+    assert passes == [2, 2, 2, 1, 1, 1] * 2
+
+
 async def test_an_empty_batch():
     assert make().batch([]) == []
     assert await make().abatch([]) == []

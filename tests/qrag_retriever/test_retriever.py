@@ -134,6 +134,13 @@ async def test_each_role_tells_its_own_framework_alone():
     assert not any("relevant_documents" in span for span in spans)
 
 
+def test_none_of_llama_index_own_settings_is_the_default():
+    retriever = make(callback_manager=None, object_map=None)
+    assert retriever.retrieve(QUERY)
+    with pytest.raises(InvalidInputError, match="give a CallbackManager"):
+        make(callback_manager=5)
+
+
 def test_prompts_as_both_read_them():
     assert make().get_prompts() == {}
     assert list((make() | RunnableLambda(len)).get_prompts()) == []

@@ -223,6 +223,17 @@ def test_where_nobody_counted_the_candidates_the_end_of_them_is_no_threshold():
     assert (search.best.retrieved, search.best.stopped) == ((0, 2), "threshold")
 
 
+def test_nothing_below_the_threshold_is_drawn():
+    q = np.array([0.9, 0.1, 0.8, 0.2], dtype=np.float32)
+    for seed in range(20):
+        options = SearchOptions(
+            k=3, temperature=10.0, seed=seed, q_threshold=0.5, chunks_per_step=3
+        )
+        best = run(4, options, lambda _: q).best
+        assert sorted(best.retrieved) == [0, 2]
+        assert best.stopped == "threshold"
+
+
 @pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-8])
 def test_next_to_no_temperature_takes_the_best(temperature):
     q = {(): [-0.5, -0.2, -0.9], (1,): [-0.5, -0.2, -0.9]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 from typing import Any
@@ -165,6 +166,46 @@ def test_so_many_candidates_are_asked_for():
     retriever = QRAGRetriever.from_retriever(own, model=MODEL, candidates=7, k=9)
     assert len(retriever.retrieve(QUERY)) == 7
     assert own.similarity_top_k == 2
+
+
+def test_a_runnable_with_a_configuration_is_asked_for_as_many():
+    for base in (
+        Finder(documents=documents()).with_config(tags=["x"]),
+        QRAGRetriever.from_texts(TEXTS, ids=IDS, model=MODEL, k=2).with_config(tags=["x"]),
+    ):
+        retriever = QRAGRetriever.from_retriever(base, model=MODEL, candidates=7, k=9)
+        assert len(retriever.invoke(QUERY)) == 7
+    fallback = Finder(documents=documents()).with_fallbacks([Finder(documents=documents())])
+    retriever = QRAGRetriever.from_retriever(fallback, model=MODEL, candidates=7, k=9)
+    assert len(retriever.invoke(QUERY)) == 4  # it cannot be told
+
+
+async def test_a_batch_asks_the_base_at_once():
+    waiting, most = 0, 0
+
+    class Slow(LangChainBase):
+        def _get_relevant_documents(self, query, *, run_manager):
+            return documents()
+
+        async def _aget_relevant_documents(self, query, *, run_manager):
+            nonlocal waiting, most
+            waiting += 1
+            most = max(most, waiting)
+            await asyncio.sleep(0.01)
+            waiting -= 1
+            return documents()
+
+        def batch(self, inputs, *args, **kwargs):
+            asked.append(list(inputs))
+            return super().batch(inputs, *args, **kwargs)
+
+    asked = []
+    retriever = QRAGRetriever.from_retriever(Slow(), model=MODEL, k=2)
+    alone = [retriever.invoke(query) for query in QUERIES]
+    assert await retriever.abatch(QUERIES) == alone
+    assert most == len(QUERIES)
+    assert retriever.batch(QUERIES) == alone
+    assert asked == [QUERIES]
 
 
 def test_no_candidates_and_repeated_ones():
