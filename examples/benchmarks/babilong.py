@@ -22,6 +22,7 @@ the figures: a run that was stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -215,13 +216,15 @@ def both_halves(first: Sequence[Found] | None, found: Sequence[Found], k: int) -
 
 
 class Documents:
-    """Documents of a length for questions drawn without replacement, made anew whenever read.
+    """Documents of a length for the questions in random order, made anew whenever read.
+
+    Where more documents are wanted than there are questions, each stands in several.
 
     Args:
         told: The stories.
         background: The books.
         length: Number of sentences of a document.
-        options: ``seed`` and ``count``, the most documents.
+        options: ``seed`` and ``count``, the number of documents.
 
     Attributes:
         left_out: Number of stories longer than a document.
@@ -240,7 +243,7 @@ class Documents:
         self._length = length
         order = np.random.default_rng(self._seed).permutation(len(told))
         fitting = [told[i] for i in order if len(told[i].chunks) <= length]
-        self._taken = fitting[: options.count]
+        self._taken = list(itertools.islice(itertools.cycle(fitting), options.count))
         self.left_out = len(told) - len(fitting)
 
     def __len__(self) -> int:

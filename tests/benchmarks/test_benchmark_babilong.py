@@ -129,6 +129,17 @@ def test_documents_are_the_same_whenever_read():
     assert len(documents) == len(first)
 
 
+def test_more_documents_than_stories_have_each_in_several():
+    background = BackgroundText(SENTENCES)
+    fitting = sum(len(story.chunks) <= 12 for story in STORIES)
+    options = argparse.Namespace(seed=0, count=2 * fitting)
+    documents = list(babilong.Documents(STORIES, background, 12, options))
+    assert documents[:fitting] == obvious(STORIES, background, 12, fitting)
+    again = [(story.question, story.answer) for story in documents]
+    assert again[:fitting] == again[fitting:]
+    assert documents[:fitting] != documents[fitting:]
+
+
 def test_a_threshold_needs_short_documents(tmp_path, calibrated_up_to_200):
     model = save_model(tmp_path, "relative", TEXTS, None)
     with pytest.raises(SystemExit, match="at most 200"):
