@@ -74,11 +74,16 @@ class QRAGStepEvent(BaseEvent):
         return "QRAGStepEvent"
 
 
+def _query_of(bundle: QueryBundle) -> str:
+    """What is searched for: the question, or the texts that a transform such as HyDE wants read."""
+    return "\n".join(bundle.custom_embedding_strs or [bundle.query_str])
+
+
 class LlamaIndexHooks(BaseRetriever, RetrieverAdapter):
     """What LlamaIndex calls: ``retrieve``, ``aretrieve`` and its constructors."""
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        query = query_bundle.query_str
+        query = _query_of(query_bundle)
 
         def report(_: int, step: Step) -> None:
             _dispatcher.event(QRAGStepEvent(query=query, **step_data(step)))
@@ -90,7 +95,7 @@ class LlamaIndexHooks(BaseRetriever, RetrieverAdapter):
         ]
 
     async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-        ready = await self._prepared([query_bundle.query_str])
+        ready = await self._prepared([_query_of(query_bundle)])
         return await in_thread(ready._retrieve, query_bundle)  # noqa: SLF001
 
     @classmethod

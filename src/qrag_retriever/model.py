@@ -176,14 +176,17 @@ class QRAGModel(nn.Module):
         return Path(path).expanduser()
 
     @contextmanager
-    def saving(self, path: str | Path, *, compact: bool = False) -> Iterator[None]:
+    def saving(self, path: str | Path, *, compact: bool = False) -> Iterator[Path]:
         """As `save_pretrained`; the folder takes its place when the block ends, or never.
 
         For what is saved together with a model: if that fails in the block, nothing has changed.
+
+        Yields:
+            Where the files are until then.
         """
         encoders, names = self.sentence_transformer(), self._names()
-        with model_files.saving(encoders, self.config, Path(path), compact, names):
-            yield
+        with model_files.saving(encoders, self.config, Path(path), compact, names) as new:
+            yield new
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the model to the model hub.

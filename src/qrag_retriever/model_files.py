@@ -243,7 +243,7 @@ def saving(
     folder: Path,
     compactly: bool = False,
     names: Names | None = None,
-) -> Iterator[None]:
+) -> Iterator[Path]:
     """Write a model folder beside the target; the end of the block puts it in its place.
 
     So what belongs with the model can be written in the block: if that fails, all stays as it was.
@@ -272,7 +272,7 @@ def saving(
                 compact.pack(Path(plain), new)
         else:
             _write(model, config, new, name=folder.name, names=names)
-        yield
+        yield new
 
 
 @contextmanager

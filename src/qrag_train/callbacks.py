@@ -211,11 +211,8 @@ def export(module: ValidatedTrainingModule, folder: Path, record: dict[str, Any]
     model = merge_lora(copy.deepcopy(module.averaged)).float()
     record = {**record, "max_steps": module.budget}
     model.config = model.config.replace(training=record)
-    with _no_bars():
-        model.save_pretrained(folder)
-    part = folder / "README.md.part"
-    part.write_text(model_card(folder.name, model.config), encoding="utf-8")
-    part.replace(folder / "README.md")
+    with _no_bars(), model.saving(folder) as new:
+        (new / "README.md").write_text(model_card(folder.name, model.config), encoding="utf-8")
 
 
 class ProgressBar(TQDMProgressBar):

@@ -310,3 +310,12 @@ def test_pickling(tmp_path):
 
 def test_prompts():
     assert make().get_prompts() == {}
+
+
+async def test_what_a_query_transform_wants_embedded_is_read():
+    retriever = make()
+    bundle = QueryBundle(QUERY, custom_embedding_strs=["The milk is in Paris.", QUERIES[1]])
+    expected = contents(retriever.retrieve("\n".join(bundle.custom_embedding_strs)))
+    assert expected != contents(retriever.retrieve(QUERY))
+    assert contents(retriever.retrieve(bundle)) == expected
+    assert contents(await retriever.aretrieve(bundle)) == expected

@@ -123,13 +123,15 @@ class LangChainFaiss(_Faiss):
 class LlamaIndexFaiss(_Faiss):
     """A ``VectorStoreIndex`` over ``llama_index.vector_stores.faiss.FaissVectorStore``."""
 
-    def __init__(self, store: Any, number_key: str | None, index: Any = None) -> None:  # noqa: ARG002
-        if index is None:
+    takes_index = True
+
+    def __init__(self, index: Any, number_key: str | None) -> None:  # noqa: ARG002
+        if not hasattr(index, "docstore"):
             raise VectorStoreError(
                 "A FaissVectorStore holds vectors and no texts; give the VectorStoreIndex that "
                 "holds it."
             )
-        super().__init__(store.client)
+        super().__init__(index.vector_store.client)
         self._nodes = index
 
     def _chunk(self, row: int) -> Chunk:

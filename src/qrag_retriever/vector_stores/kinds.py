@@ -55,7 +55,8 @@ def open_store(store: Any, number_key: str | None) -> Store:
     if known and known[0] in _SUPPORTED:
         module, adapter = _SUPPORTED[known[0]]
         kind = getattr(importlib.import_module(f"{__package__}.{module}"), adapter)
-        opened: Store = kind(store, number_key, **({} if index is None else {"index": index}))
+        outer = index is not None and kind.takes_index
+        opened: Store = kind(index if outer else store, number_key)
         return opened
     reason = _REFUSED[known[0]] if known else "it is not known here"
     supported = ", ".join(sorted({f"{name} ({package})" for package, name in _SUPPORTED}))

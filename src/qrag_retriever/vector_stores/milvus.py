@@ -79,9 +79,6 @@ class LangChainMilvus(_Milvus):
 class LlamaIndexMilvus(MetadataFiltered, _Milvus):
     """``llama_index.vector_stores.milvus.MilvusVectorStore``, filtered by ``MetadataFilters``."""
 
-    def __init__(self, store: Any, number_key: str | None, index: Any = None) -> None:  # noqa: ARG002
-        super().__init__(store, number_key)
-
     def _native(self, query: Any) -> Sequence[Any]:
         expression, _ = self._store._prepare_before_search(query)  # noqa: SLF001 (no public way)
         return [_whole(expression)] if expression.strip() else []

@@ -123,7 +123,7 @@ def _is_filled(condition: Any) -> bool:
 class LlamaIndexQdrant(MetadataFiltered, _Qdrant):
     """``llama_index.vector_stores.qdrant.QdrantVectorStore``, filtered by ``MetadataFilters``."""
 
-    def __init__(self, store: Any, number_key: str | None, index: Any = None) -> None:  # noqa: ARG002
+    def __init__(self, store: Any, number_key: str | None) -> None:
         super().__init__(store, number_key, "")
 
     @functools.cached_property

@@ -60,9 +60,12 @@ class Store(ABC):
     Attributes:
         kind: What it is called in messages.
         numbered: Whether chunk numbers are known.
+        takes_index: Whether it is made from the LlamaIndex index that holds the store, for the
+            store alone has no texts.
     """
 
     kind: str
+    takes_index = False
 
     def __init__(self, number_key: str | None) -> None:
         self.number_key = number_key
