@@ -62,7 +62,6 @@ class LastCheckpoint(Checkpoint):
         self._seconds = 60 * minutes
         self._saved_at = time.monotonic()
         self._interrupted = False
-        self._stops = False  # all processes have agreed to
         self._handler: Any = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: object) -> None:
@@ -71,12 +70,6 @@ class LastCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         if _in_main_thread():
             self._handler = signal.signal(signal.SIGINT, self._interrupt)
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, *args: object) -> None:
-        """Stop if Ctrl-C was pressed before or in a validation, which is over now."""
-        del trainer, args
-        if self._stops:
-            raise KeyboardInterrupt
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: object) -> None:
         """Save if it is time to, or if Ctrl-C was pressed; at a validation, after it."""
@@ -91,12 +84,13 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: object) -> None:
-        """Save after a validation in training."""
+        """Save after a validation in training, and stop if Ctrl-C was pressed before it ended."""
         del pl_module
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
         if fitting and _between_updates(trainer):
             self._save(trainer)
-            self._stops = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
+            if trainer.strategy.reduce_boolean_decision(self._interrupted, all=False):
+                raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: object) -> None:
         """Save and give Ctrl-C back."""
