@@ -302,10 +302,11 @@ class ChunkIndex(Corpus):
             ann=None if ann is None else ann.to_bytes(),
         )
         folder = Path(path).expanduser()
-        saved = None if overwrite else self.saved
-        here = saved is not None and saved.folder == folder.resolve()
-        generation = write_index(folder, content, saved.generation if saved and here else None)
-        self.saved = SavedIndex(folder.resolve(), generation, snapshot.version)
+        there, known = folder.resolve(), self.saved
+        loaded = known is not None and known.loaded and known.folder == there
+        replaces = known.generation if known and loaded and not overwrite else None
+        generation = write_index(folder, content, replaces)
+        self.saved = SavedIndex(there, generation, snapshot.version, loaded)
 
     @classmethod
     def load(
@@ -343,7 +344,7 @@ class ChunkIndex(Corpus):
             )
         index = cls(model, ann=content.ann_kind, dtype=content.vectors.dtype)
         index._snapshot = index._view(content.chunks, content.vectors, 0, content.ann)
-        index.saved = SavedIndex(path.resolve(), content.generation, 0)
+        index.saved = SavedIndex(path.resolve(), content.generation, 0, loaded=True)
         return index
 
     def _in_memory(self) -> MemoryChunks:

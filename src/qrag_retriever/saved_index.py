@@ -26,11 +26,13 @@ class SavedIndex(NamedTuple):
         folder: The folder.
         generation: Name of that save.
         version: Version of the index then.
+        loaded: Whether the index was loaded from there, so that it holds what others saved before.
     """
 
     folder: Path
     generation: str
     version: int
+    loaded: bool = False
 
     def holds(self, version: int) -> bool:
         """Whether the folder holds that version of the index, and no other that came after."""
