@@ -201,16 +201,16 @@ def test_readers_in_other_processes_always_see_a_whole_index(tmp_path: Path) -> 
 
 @pytest.mark.skipif(os.name != "posix", reason="no lock elsewhere")
 def test_a_second_writer_waits_for_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, second = storage._sync_folder, threading.Thread(target=make("b").save, args=[folder])
+    original, second = storage.sync_folder, threading.Thread(target=make("b").save, args=[folder])
 
     def start_second(path: Path) -> None:  # all files of the first are written, none is committed
-        monkeypatch.setattr(storage, "_sync_folder", original)
+        monkeypatch.setattr(storage, "sync_folder", original)
         second.start()
         second.join(0.3)
         assert second.is_alive()
         original(path)
 
-    monkeypatch.setattr(storage, "_sync_folder", start_second)
+    monkeypatch.setattr(storage, "sync_folder", start_second)
     make("a").save(folder)
     second.join()
     assert texts_in(folder) == ["b"]
@@ -273,7 +273,7 @@ def test_a_loaded_index_outlives_its_files(folder: Path) -> None:
     assert texts == [["first", "second", "third"]]
     assert loaded.row_of(loaded.snapshot().chunks[1].id) == 1
     assert np.array_equal(loaded.snapshot().embeddings, vectors_of(texts[0]))
-    loaded.save(folder)
+    loaded.save(folder, overwrite=True)
     assert texts_in(folder) == ["first", "second", "third"]
 
 
