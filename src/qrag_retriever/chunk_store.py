@@ -321,6 +321,8 @@ def _record(chunk: Chunk) -> Record:
             _require_json(values, chunk.id, "node")
             node = _json(values)
         record = (chunk.id, _json(chunk.metadata), chunk.text, embed_text, node)
+    except InvalidInputError:
+        raise
     except (RecursionError, ValueError) as error:  # holds itself, an integer without end
         raise InvalidInputError(
             f"Chunk {chunk.id!r} cannot be saved: its metadata cannot be written as JSON ({error})."

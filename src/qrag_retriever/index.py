@@ -302,11 +302,9 @@ class ChunkIndex(Corpus):
             ann=None if ann is None else ann.to_bytes(),
         )
         folder = Path(path).expanduser()
-        there, known = folder.resolve(), self.saved
-        loaded = known is not None and known.loaded and known.folder == there
-        replaces = known.generation if known and loaded and not overwrite else None
-        generation = write_index(folder, content, replaces)
-        self.saved = SavedIndex(there, generation, snapshot.version, loaded)
+        known = self.saved.loaded_from(folder) if self.saved else None
+        generation = write_index(folder, content, None if overwrite else known)
+        self.saved = SavedIndex(folder.resolve(), generation, snapshot.version, bool(known))
 
     @classmethod
     def load(

@@ -34,7 +34,7 @@ def resolve_model(model: Any) -> QRAGModel:
         model = model_files.default_model()
     if not isinstance(model, (str, Path)):
         raise InvalidInputError(
-            f"A model is a QRAGModel, a SentenceTransformer, a folder or a hub name, not "
+            "A model is a QRAGModel, a SentenceTransformer, a folder or a hub name, not "
             f"{type(model).__name__}; for another embedder of a framework give the folder or name "
             "it was loaded from."
         )

@@ -34,6 +34,10 @@ class SavedIndex(NamedTuple):
     version: int
     loaded: bool = False
 
+    def loaded_from(self, folder: Path) -> str | None:
+        """The generation that the index knows of a folder, if it was loaded from there."""
+        return self.generation if self.loaded and self.folder == folder.resolve() else None
+
     def holds(self, version: int) -> bool:
         """Whether the folder holds that version of the index, and no other that came after."""
         return version == self.version and generation_of(self.folder) == self.generation

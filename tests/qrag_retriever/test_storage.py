@@ -199,8 +199,9 @@ def test_metadata_that_is_not_json_is_named_and_nothing_written(
     before = {path: path.read_bytes() for path in folder.iterdir()}
     index = make("x", "y")
     index.add([Chunk("culprit", "z", metadata)])
-    with pytest.raises(InvalidInputError, match=f"'culprit' cannot be saved: .*{where}"):
+    with pytest.raises(InvalidInputError, match=f"'culprit' cannot be saved: .*{where}") as told:
         index.save(folder)
+    assert str(told.value).count("cannot be saved") == 1
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     with pytest.raises(InvalidInputError):
         index.save(folder.parent / "other")

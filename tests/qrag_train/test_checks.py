@@ -146,7 +146,7 @@ def test_a_source_has_what_its_format_needs(format_: str, missing: str) -> None:
         SourceConfig("x.txt", format_)
 
 
-def test_weights_of_a_mixture_are_finite(tmp_path: Path) -> None:
+def test_weights_of_a_mixture_are_looked_at(tmp_path: Path) -> None:
     files = [str(write_questions(tmp_path / f"{i}.jsonl", 3, seed=i)) for i in range(3)]
     train = [SourceConfig(files[0], weight=1), SourceConfig(files[1])]
     with pytest.raises(DatasetError, match="Some train sources have a weight"):
