@@ -299,7 +299,7 @@ def replacing(folder: Path) -> Iterator[Path]:
             _move_away(folder, old)
         new.replace(folder)
         sync_folder(folder.parent)
-        for entry in old.iterdir() if old.exists() else ():
+        for entry in list(old.iterdir()) if old.exists() else ():
             if not _OF_A_MODEL.fullmatch(entry.name) and not (folder / entry.name).exists():
                 entry.replace(folder / entry.name)
     except BaseException:
