@@ -38,7 +38,7 @@ _QUANTIZED = (0.5, 4)  # of rows of 8 bits, where a further vector costs next to
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _BLOCK = 1 << 20  # numbers in a temporary: 4 MB in float32
 _GROUP = 32  # states that share a pass over the corpus
-_LONG = 500  # average rows of a narrow run above which fewer vectors are worth more runs
+_LONG = 180  # average rows of a narrow piece above which fewer vectors are worth more pieces
 _SHORT = 16  # average rows of a piece below which a rotated state for each row costs less
 _SPARSE = 4  # rows read for each row wanted, above which to gather the wanted ones costs less
 
@@ -127,15 +127,20 @@ def _score_by_runs(
     base: float,
 ) -> None:
     """Choose the runs, and whether they are long enough for products of their own."""
-    width, nodes = _QUANTIZED if corpus.in_integers else _NARROW
-    intervals = sum(1 + len(chunks) for chunks in retrieved)
-    if scheme.mode == "none" or scheme.truncate:
-        nodes = 1
-    elif corpus.n <= _LONG * intervals * scheme.span / width:
-        width, nodes = _WIDE
+    constant = scheme.mode == "none" or scheme.truncate
     # pieces are few where the runs of several states begin at the same chunks
-    several = len(retrieved) > 1 and nodes > 1
-    runs = [scheme.runs(corpus.n, chunks, width, aligned=several) for chunks in retrieved]
+    aligned = len(retrieved) > 1 and not constant
+
+    def cut(width: float) -> list[Runs]:
+        return [scheme.runs(corpus.n, chunks, width, aligned=aligned) for chunks in retrieved]
+
+    width, nodes = _QUANTIZED if corpus.in_integers else _NARROW
+    runs = cut(width)
+    if constant:
+        nodes = 1
+    elif not corpus.in_integers and corpus.n < _LONG * len(_begins(runs)):
+        width, nodes = _WIDE
+        runs = cut(width)
     pieces = _cut(runs, np.arange(0, corpus.n, corpus.block_rows(len(states) * nodes)))
     short = _SHORT if nodes == 1 else 3 * _SHORT
     if scheme.mode == "relative" and scores.numel() < short * len(pieces.run):
@@ -163,7 +168,8 @@ def _score_by_piece(
         if parts is not None and steps is not None and isinstance(block, QuantizedRows):
             powers = block.products(edges, parts[run[some]], steps)
         else:
-            powers = _products(corpus, block, edges, vectors[run[some]])
+            order = torch.arange(nodes, device=run.device)[:, None]
+            powers = _products(corpus, block, edges, vectors[run[some][:, None], order])
         if places is not None:
             powers = powers[places]
         q = powers[:, -1]
@@ -175,10 +181,9 @@ def _score_by_piece(
 
 
 def _products(corpus: _Corpus, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
-    """The product of each row with the vectors of its piece, ``[G, S, P, d]``: ``[L, P, S]``."""
-    states, nodes = vectors.shape[1:3]
-    columns = vectors.transpose(1, 2).flatten(1, 2)
-    columns = _two_at_least(columns)
+    """The product of each row with the vectors of its piece, ``[G, P, S, d]``: ``[L, P, S]``."""
+    nodes, states = vectors.shape[1:3]
+    columns = _two_at_least(vectors.flatten(1, 2))
     products = vectors.new_empty(len(block), columns.shape[1])
     # piece by piece: what was just converted is still in the cache when it is multiplied
     for (first, last), c in zip(itertools.pairwise(edges.tolist()), columns, strict=True):
@@ -203,12 +208,28 @@ def _coefficients(
     states = states[torch.from_numpy(owner).to(states.device), None]
     if scheme.mode == "none":
         return states
-    first = np.concatenate([of_state.first for of_state in runs])[:, None]
-    last = np.concatenate([of_state.last for of_state in runs])[:, None]
+    first = np.concatenate([of_state.first for of_state in runs])
+    last = np.concatenate([of_state.last for of_state in runs])
+    middle = torch.from_numpy((first + last) / 2).to(states.device)
+    states = rotate(states, -middle[:, None], base)
+    if nodes == 1:
+        return states
+    # R(ht) as a polynomial in t: few half widths h are different. By the symmetry of the nodes its
+    # even powers only scale a component pair, and its odd ones turn it by a right angle.
+    half, which = np.unique(((last - first) / 2).round(12), return_inverse=True)
     t = np.cos(np.pi * (np.arange(nodes) + 0.5) / nodes)
-    rho = torch.from_numpy((first + last) / 2 + (last - first) / 2 * t).to(states.device)
-    to_coefficients = torch.from_numpy(np.linalg.inv(np.vander(t, increasing=True))).to(states)
-    return to_coefficients @ rotate(states, -rho, base)
+    turns = phases(torch.from_numpy(-half[:, None] * t).to(states.device), states.shape[-1], base)
+    powers = torch.from_numpy(np.linalg.inv(np.vander(t, increasing=True))).to(turns) @ turns
+    even, odd = powers[:, ::2].real, powers[:, 1::2].imag
+    table = torch.stack([_paired(even, even), _paired(-odd, odd)], dim=2).to(states)
+    vectors = table[torch.from_numpy(which).to(states.device)]
+    turned = torch.unflatten(states, -1, (-1, 2)).flip(-1).flatten(-2)
+    return vectors.mul_(torch.stack([states, turned], dim=2)).flatten(1, 2)
+
+
+def _paired(first: Tensor, second: Tensor) -> Tensor:
+    """Factors for both components of each pair of both halves: ``[..., d / 4]`` to ``[..., d]``."""
+    return torch.stack([first, second], dim=-1).flatten(-2).repeat(*[1] * (first.ndim - 1), 2)
 
 
 class _Pieces(NamedTuple):
@@ -256,7 +277,7 @@ class _Pieces(NamedTuple):
 
 def _cut(runs: Sequence[Runs], blocks: NDArray[np.int64]) -> _Pieces:
     """Cut the chunks wherever a run of any state, or a block, begins."""
-    bounds = np.unique(np.concatenate([blocks, *(of_state.bounds for of_state in runs)]))
+    bounds = np.union1d(blocks, _begins(runs))
     run, start, slope, count = [], [], [], 0
     for of_state in runs:
         own = np.searchsorted(of_state.bounds, bounds[:-1], side="right") - 1
@@ -265,6 +286,11 @@ def _cut(runs: Sequence[Runs], blocks: NDArray[np.int64]) -> _Pieces:
         run.append(own + count)
         count += len(of_state.first)
     return _Pieces(bounds, *(np.stack(columns, axis=1) for columns in (run, start, slope)))
+
+
+def _begins(runs: Sequence[Runs]) -> NDArray[np.int64]:
+    """The chunks with which a run of any state begins, and how many chunks there are."""
+    return np.unique(np.concatenate([of_state.bounds for of_state in runs]))
 
 
 def _score_by_row(
