@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     Rows = Tensor | QuantizedRows
 
-# Interpolated in P Chebyshev nodes on a run of ρ-width w, Q is off by at most 2 (w/4)^P / P! of
-# |s||a|, reached only if all components turn at the highest frequency: 7.6e-7 and 6.8e-7 here, and
+# Interpolated in P Chebyshev nodes, P even, on a run of ρ-width w, Q is off by 2 (w/4)^P / P! of
+# |s||a| at most, if all components turn at the highest frequency: 7.6e-7 and 6.8e-7 here, and
 # 2.1e-5 for rows of 8 bits, which are off by far more themselves.
 _NARROW = (0.22, 4)  # fewer vectors
 _WIDE = (1.0, 6)  # fewer runs
