@@ -267,6 +267,4 @@ def _check_columns(columns: list[str], needed: tuple[str, ...]) -> None:
 
 def _needs_ray() -> None:
     if importlib.util.find_spec("ray") is None:
-        raise MissingDependencyError(
-            "Bulk embedding needs Ray Data; install 'qrag-retriever[ray]'."
-        )
+        raise MissingDependencyError.of("Bulk embedding", "Ray Data", "ray")

@@ -55,9 +55,8 @@ class CompiledTransformer:
         try:
             import openvino
         except ImportError as error:
-            raise MissingDependencyError(
-                "backend='openvino' needs OpenVINO; install qrag-retriever[openvino]."
-            ) from error
+            purpose = "backend='openvino'"
+            raise MissingDependencyError.of(purpose, "OpenVINO", "openvino") from error
         module = _TokenEmbeddings(transformer).eval()
         vocabulary: int = transformer.config.vocab_size  # type: ignore[assignment, union-attr]
         try:

@@ -49,6 +49,11 @@ class VectorStoreError(QRAGError):
 class MissingDependencyError(QRAGError, ImportError):
     """An optional package is needed and not installed; the message names the extra."""
 
+    @classmethod
+    def of(cls, purpose: str, package: str, extra: str) -> MissingDependencyError:
+        """The error for a purpose that needs a package, which an extra of this one brings."""
+        return cls(f"{purpose} needs {package}; run: pip install 'qrag-retriever[{extra}]'")
+
 
 class TruncationWarning(UserWarning):
     """A text is longer than the encoder can read; what lies beyond was cut off."""

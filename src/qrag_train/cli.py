@@ -259,9 +259,7 @@ def _training(arguments: list[str]) -> None:
     except ImportError as error:
         if (error.name or "").startswith("qrag_"):
             raise  # a defect of ours, no missing extra
-        raise MissingDependencyError(
-            f"Training needs {error.name}; install 'qrag-retriever[train]'."
-        ) from error
+        raise MissingDependencyError.of("Training", error.name or "more", "train") from error
     run(arguments)
 
 
@@ -269,9 +267,7 @@ def _other(arguments: list[str]) -> None:
     try:
         from jsonargparse import auto_cli
     except ImportError as error:
-        raise MissingDependencyError(
-            "qrag-train needs jsonargparse; install 'qrag-retriever[train]'."
-        ) from error
+        raise MissingDependencyError.of("qrag-train", "jsonargparse", "train") from error
     commands: dict[str, Any] = {
         **{name: _overview(text) for name, text in TRAINING_COMMANDS.items()},
         "evaluate": evaluate,

@@ -60,9 +60,7 @@ def plot_curves(logs: Path, picture: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingDependencyError(
-            "Curves need matplotlib; install 'qrag-retriever[train]'."
-        ) from error
+        raise MissingDependencyError.of("Drawing curves", "matplotlib", "train") from error
     curves = read_curves(logs)
     figure = Figure(figsize=(4 * len(_PANELS), 3), layout="constrained")
     axes: list[Axes] = figure.subplots(1, len(_PANELS))

@@ -187,9 +187,8 @@ def openai_compatible(url: str | None, model: str) -> Any:
     try:
         from langchain_openai import ChatOpenAI
     except ImportError as error:
-        raise MissingDependencyError(
-            "A reader behind an address needs langchain-openai; install 'qrag-retriever[bench]'."
-        ) from error
+        purpose = "A reader behind an address"
+        raise MissingDependencyError.of(purpose, "langchain-openai", "bench") from error
     key: Any = os.environ.get("OPENAI_API_KEY", "none")
     return ChatOpenAI(model=model, base_url=url, api_key=key, temperature=0)
 

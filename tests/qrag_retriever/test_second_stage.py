@@ -11,6 +11,7 @@ import pytest
 import torch
 from corpus import IDS, METADATAS, QUERIES, QUERY, TEXTS, make_model, shared_model
 from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever as LangChainBase
 from langchain_core.runnables import RunnableLambda
@@ -227,6 +228,31 @@ def test_excluded_ids_may_be_unknown_to_the_base():
     assert sorted(ids) == [id_ for id_ in IDS if id_ != IDS[2]]
 
 
+class Runs(BaseCallbackHandler):
+    """The retrievals that callbacks hear of: by name, the run they belong to."""
+
+    def __init__(self):
+        self.own, self.parents = {}, {}
+
+    def on_retriever_start(self, serialized, query, *, run_id, parent_run_id=None, **kwargs):
+        self.own[kwargs["name"]] = run_id
+        self.parents[kwargs["name"]] = parent_run_id
+
+
+@pytest.mark.parametrize("way", ["invoke", "ainvoke", "stream", "astream"])
+async def test_the_base_is_a_child_in_traces(way):
+    retriever = QRAGRetriever.from_retriever(Finder(documents=documents()), model=MODEL)
+    runs = Runs()
+    found = getattr(retriever, way)(QUERY, config={"callbacks": [runs]})
+    if way == "ainvoke":
+        await found
+    elif way == "stream":
+        list(found)
+    elif way == "astream":
+        assert [step async for step in found]
+    assert runs.parents == {"QRAGRetriever": None, "Finder": runs.own["QRAGRetriever"]}
+
+
 async def test_a_base_that_is_asynchronous_alone():
     async def find(query):
         return documents()
@@ -372,6 +398,18 @@ async def test_postprocessor():
         assert ids == [item.node.node_id for item in found]
     with pytest.raises(InvalidInputError, match="for a query"):
         postprocessor.postprocess_nodes(given)
+
+
+def test_a_dumped_postprocessor_names_its_model(tmp_path):
+    folder = str(MODEL.save_pretrained(tmp_path / "model"))
+    given = [NodeWithScore(node=node, score=0.1) for node in nodes()]
+    one = QRAGNodePostprocessor(folder, k=3, q_threshold=-9.0)
+    again = QRAGNodePostprocessor.from_dict(one.to_dict())
+    assert again.to_dict() == one.to_dict()
+    assert (again.model_name, again.k, again.q_threshold) == (folder, 3, -9.0)
+    select = [kind.postprocess_nodes(given, query_str=QUERY) for kind in (one, again)]
+    assert select[0] == select[1]
+    assert QRAGNodePostprocessor().model_name == "multihop-en"
 
 
 @pytest.mark.parametrize("kind", [QRAGDocumentCompressor, QRAGNodePostprocessor])
