@@ -25,7 +25,6 @@ from qrag_retriever.vectors import (
     StorageType,
     StoredVectors,
     check_storage_type,
-    checked_vectors,
 )
 
 if TYPE_CHECKING:
@@ -165,8 +164,8 @@ class ChunkIndex(Corpus):
         """
         index = cls(model, ann=ann, dtype=dtype)
         chunks = to_chunks(items)
-        vectors = checked_vectors(embeddings, (len(chunks), index.model.dimension), "embeddings")
-        new = StoredVectors.of(vectors, dtype)
+        shape = len(chunks), index.model.dimension
+        new = StoredVectors.checked(embeddings, shape, "embeddings", dtype)
         change = IndexChange(chunks)
         index._publish(*change.applied(MemoryChunks(), index._snapshot.vectors, new))
         return index
@@ -266,14 +265,6 @@ class ChunkIndex(Corpus):
             self._snapshot, model, options, filter=filter, exclude_ids=exclude_ids
         )
         return [own] * len(queries)
-
-    def select(self, filter: object = None) -> NDArray[np.int64] | None:
-        """Rows of the current snapshot that pass a filter, see :meth:`Snapshot.select`."""
-        return self._snapshot.select(filter)
-
-    def row_of(self, id_: str) -> int:
-        """Row in the current snapshot of the chunk with an id, see :meth:`Snapshot.row_of`."""
-        return self._snapshot.row_of(id_)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Save the index in a folder, in place of the index that may be there.

@@ -92,6 +92,24 @@ class StoredVectors:
         return cls(vectors)
 
     @classmethod
+    def checked(
+        cls, values: Any, shape: tuple[int, int], what: str, dtype: StorageType
+    ) -> StoredVectors:
+        """Store vectors that somebody gave, block by block of an array.
+
+        Arguments and errors as `of` and `checked_vectors`.
+        """
+        if dtype == "float32" or getattr(values, "shape", None) != shape:
+            return cls.of(checked_vectors(values, shape, what), dtype)
+        firsts = range(0, len(values), _AT_ONCE)
+        blocks = ((first, values[first : first + _AT_ONCE]) for first in firsts)
+        parts = (
+            cls.of(checked_vectors(block, block.shape, what, first), dtype)
+            for first, block in blocks
+        )
+        return cls.gathered(parts, shape, dtype)
+
+    @classmethod
     def gathered(
         cls, parts: Iterable[StoredVectors], shape: tuple[int, int], dtype: StorageType
     ) -> StoredVectors:
@@ -180,13 +198,16 @@ class StoredVectors:
         return StoredVectors(join(self.values, more.values), self.dtype, scales)
 
 
-def checked_vectors(values: Any, shape: tuple[int, int], what: str) -> NDArray[np.float32]:
+def checked_vectors(
+    values: Any, shape: tuple[int, ...], what: str, first: int = 0
+) -> NDArray[np.float32]:
     """A float32 copy of embeddings.
 
     Args:
         values: The embeddings.
         shape: What their shape must be.
         what: What to call them in an error.
+        first: Number of their first row, in an error.
 
     Raises:
         InvalidInputError: If they are no numbers, have another shape, or are not finite.
@@ -200,9 +221,9 @@ def checked_vectors(values: Any, shape: tuple[int, int], what: str) -> NDArray[n
     finite = np.isfinite(vectors).all(axis=1)
     if not finite.all():
         raise InvalidInputError(
-            f"{what} are not finite in {int((~finite).sum())} rows, the first of which is row "
-            f"{int(finite.argmin())}; the model overflows or its weights are broken. Load it with "
-            "dtype='float32', or train it again with a smaller learning rate."
+            f"{what} are not finite, the first in row {first + int(finite.argmin())}; the model "
+            "overflows or its weights are broken. Load it with dtype='float32', or train it again "
+            "with a smaller learning rate."
         )
     return vectors
 

@@ -132,10 +132,6 @@ class RetrievalEnvironment:
                 row[:n] = scheme.positions(n, retrieved)
         return torch.from_numpy(rho)
 
-    def success(self) -> Tensor:
-        """Whether all support is retrieved (Fact-EM), bool ``[E]``."""
-        return (self._found() | (self._support < 0)).all(dim=1)
-
     def _found(self) -> Tensor:
         """Which of the support chunks are retrieved, bool ``[E, F]``; false in unused columns."""
         chunks = self._support.clamp(min=0)

@@ -74,16 +74,6 @@ def completion_step(retrieved: Sequence[int], support: Iterable[int]) -> int | N
     return None
 
 
-def discounted_return(rewards: Iterable[float], gamma: float) -> float:
-    """Return of an episode: Σ_t γ^t·r_t.
-
-    Example:
-        >>> discounted_return([0.0, 1.0], gamma=0.9)
-        0.9
-    """
-    return sum(reward * gamma**step for step, reward in enumerate(rewards))
-
-
 Stop = Literal["early", "perfect", "late", "missed"]
 
 

@@ -12,10 +12,12 @@ from fake_model import FakeModel, vectors_of
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
+from qrag_retriever import vectors as vectors_module
 from qrag_retriever.chunk import Chunk
 from qrag_retriever.chunk_store import MemoryChunks
 from qrag_retriever.errors import FingerprintMismatchError, IndexFormatError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
+from qrag_retriever.vectors import StoredVectors
 
 
 def test_equal_texts_are_kept_in_order_and_embedded_once() -> None:
@@ -53,7 +55,7 @@ def test_mixed_items_are_embedded_as_their_frameworks_say() -> None:
     node = TextNode(text="n", metadata={"title": "T", "no": 1}, excluded_embed_metadata_keys=["no"])
     index = ChunkIndex.from_documents(["t", Document("d", id="d"), node], model=model)
     assert model.encoded == ["t", "d", "title: T\n\nn"]
-    assert index.row_of("d") == 1
+    assert index.snapshot().row_of("d") == 1
     assert index.snapshot().chunks[2].text == "n"
 
 
@@ -98,13 +100,29 @@ def test_from_embeddings_takes_copies_and_asks_no_model() -> None:
     [
         (np.zeros((1, 8)), r"shape \(1, 8\); it must be \(2, 8\)"),
         (np.zeros((2, 7)), r"shape \(2, 7\)"),
-        (np.full((2, 8), np.nan), "not finite in 2 rows"),
+        (np.full((2, 8), np.nan), "not finite, the first in row 0"),
         ([["a"] * 8] * 2, "cannot be read as an array"),
     ],
 )
-def test_wrong_embeddings_are_refused(embeddings: Any, message: str) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_wrong_embeddings_are_refused(embeddings: Any, message: str, dtype: Any) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        ChunkIndex.from_embeddings(["a", "b"], embeddings, model=FakeModel())
+        ChunkIndex.from_embeddings(["a", "b"], embeddings, model=FakeModel(), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_embeddings_in_blocks_are_stored_as_at_once(dtype: Any, monkeypatch: Any) -> None:
+    texts = [f"text {number}" for number in range(11)]
+    vectors = vectors_of(texts)
+    monkeypatch.setattr(vectors_module, "_AT_ONCE", 4)
+    index = ChunkIndex.from_embeddings(texts, vectors, model=FakeModel(), dtype=dtype)
+    monkeypatch.undo()
+    stored = StoredVectors.of(vectors, dtype)
+    assert np.array_equal(index.snapshot().embeddings, stored.float32())
+    vectors[9, 3] = np.inf
+    monkeypatch.setattr(vectors_module, "_AT_ONCE", 4)
+    with pytest.raises(InvalidInputError, match="first in row 9"):
+        ChunkIndex.from_embeddings(texts, vectors, model=FakeModel(), dtype=dtype)
 
 
 class EncoderError(Exception):
@@ -139,7 +157,7 @@ def test_an_add_that_fails_changes_nothing(spoil: Any, error: type[Exception]) -
     assert np.array_equal(index.snapshot().embeddings, vectors_of(["a", "b", "newer"]))
     for missing in ("3", "4"):
         with pytest.raises(InvalidInputError, match=f"'{missing}'"):
-            index.row_of(missing)
+            index.snapshot().row_of(missing)
 
 
 def test_an_interrupted_extension_leaves_no_trace() -> None:
@@ -257,16 +275,16 @@ def test_two_threads_adding_lose_nothing() -> None:
 
 def test_select_keeps_results_of_filters_until_the_index_changes() -> None:
     index = ChunkIndex.from_texts(["a", "b"], [{"x": 1}, {"x": 2}], model=FakeModel())
-    assert index.select(None) is None
-    rows = index.select({"x": {"$gte": 1}})
+    assert index.snapshot().select(None) is None
+    rows = index.snapshot().select({"x": {"$gte": 1}})
     assert rows.dtype == np.int64
     assert rows.tolist() == [0, 1]
-    assert index.select({"x": {"$gte": 1}}) is rows
-    assert index.select({"x": 3}).tolist() == []
+    assert index.snapshot().select({"x": {"$gte": 1}}) is rows
+    assert index.snapshot().select({"x": 3}).tolist() == []
     with pytest.raises(ValueError, match="read-only"):
         rows[0] = 1
     index.add(["c"], metadatas=[{"x": 1}])
-    assert index.select({"x": {"$gte": 1}}).tolist() == [0, 1, 2]
+    assert index.snapshot().select({"x": {"$gte": 1}}).tolist() == [0, 1, 2]
 
 
 def test_select_asks_a_function_every_time() -> None:
@@ -276,9 +294,9 @@ def test_select_asks_a_function_every_time() -> None:
     def passes(chunk: Chunk) -> bool:
         return chunk.text == wanted
 
-    assert index.select(passes).tolist() == [0]
+    assert index.snapshot().select(passes).tolist() == [0]
     wanted = "b"
-    assert index.select(passes).tolist() == [1]
+    assert index.snapshot().select(passes).tolist() == [1]
 
 
 def test_select_remembers_no_more_than_a_few_filters() -> None:

@@ -61,7 +61,7 @@ def test_an_empty_index_can_be_saved(tmp_path: Path) -> None:
     ChunkIndex(FakeModel()).save(tmp_path)
     loaded = ChunkIndex.load(tmp_path, model=FakeModel(), verify=True)
     assert len(loaded) == 0
-    assert loaded.select({"a": 1}).tolist() == []
+    assert loaded.snapshot().select({"a": 1}).tolist() == []
     loaded.add(["a"])
     loaded.save(tmp_path)
     assert texts_in(tmp_path) == ["a"]
@@ -130,10 +130,10 @@ def test_a_filter_does_not_ask_for_one_chunk_after_the_other(
         return read(self, query, *values)
 
     monkeypatch.setattr(StoredChunks, "_read", count)
-    assert index.select({"n": {"$gte": 2400}}).tolist() == list(range(2400, 2500))
+    assert index.snapshot().select({"n": {"$gte": 2400}}).tolist() == list(range(2400, 2500))
     assert len(queries) == 3
     assert not any("text" in query for query in queries)
-    assert index.select(lambda chunk: chunk.metadata["n"] >= 2400).tolist()[0] == 2400
+    assert index.snapshot().select(lambda chunk: chunk.metadata["n"] >= 2400).tolist()[0] == 2400
     assert len(queries) == 6
 
 
@@ -249,4 +249,4 @@ def test_a_filter_on_a_loaded_index_needs_no_nodes(
     ChunkIndex.from_documents(nodes, model=FakeModel()).save(tmp_path)
     loaded = ChunkIndex.load(tmp_path, model=FakeModel())
     monkeypatch.delattr("qrag_retriever.chunk_store.node_from_record")
-    assert loaded.select({"n": {"$gte": 3}}).tolist() == [3, 4]
+    assert loaded.snapshot().select({"n": {"$gte": 3}}).tolist() == [3, 4]

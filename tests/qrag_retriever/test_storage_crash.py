@@ -271,7 +271,7 @@ def test_a_loaded_index_outlives_its_files(folder: Path) -> None:
     thread.start()
     thread.join()
     assert texts == [["first", "second", "third"]]
-    assert loaded.row_of(loaded.snapshot().chunks[1].id) == 1
+    assert loaded.snapshot().row_of(loaded.snapshot().chunks[1].id) == 1
     assert np.array_equal(loaded.snapshot().embeddings, vectors_of(texts[0]))
     loaded.save(folder, overwrite=True)
     assert texts_in(folder) == ["first", "second", "third"]
