@@ -89,6 +89,7 @@ def main() -> None:
             show(runs[-1])
         baselines(runs[-1]["budget"], before, task, background, options, results)
     files = [Path(file) for file in options.questions if Path(file).exists()]
+    files += sorted(options.background.glob("*.txt"))
     names = ", ".join(Path(file).name for file in options.questions)
     plot(results.rows, options.json)  # a reader may fail
     results.write([*models, before], files, questions=names, runs=runs, facts_left_out=facts)
@@ -170,6 +171,7 @@ def judge(
             {
                 "sentences": length,
                 "questions": len(found),
+                "different_questions": documents.different,
                 "left_out": documents.left_out,
                 "fact_em": whole["fact_em"],
                 **both_halves(first_half.get(length), found, k),
@@ -227,7 +229,9 @@ class Documents:
         options: ``seed`` and ``count``, the number of documents.
 
     Attributes:
-        left_out: Number of stories longer than a document.
+        different: Number of different questions; if less than ``count``, some stand in several
+            documents.
+        left_out: Number of questions whose story is longer than a document.
     """
 
     def __init__(
@@ -243,7 +247,11 @@ class Documents:
         self._length = length
         order = np.random.default_rng(self._seed).permutation(len(told))
         fitting = [told[i] for i in order if len(told[i].chunks) <= length]
+        if not fitting:
+            shortest = min(len(story.chunks) for story in told)
+            raise SystemExit(f"No story fits in {length} sentences, the shortest has {shortest}.")
         self._taken = list(itertools.islice(itertools.cycle(fitting), options.count))
+        self.different = min(len(fitting), options.count)
         self.left_out = len(told) - len(fitting)
 
     def __len__(self) -> int:

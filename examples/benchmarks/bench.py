@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_retriever.errors import ReaderError
+from qrag_retriever.files import sha256_of
 from qrag_retriever.offline import DEFAULT_ENCODER
 from qrag_retriever.search import Beam, Pick, best_actions
 from qrag_train.evaluation import EmbeddedTexts, in_groups, judge, search_samples, steps_above
@@ -141,8 +141,9 @@ def bm25(k: int) -> Method:
 
     def one(sample: SupportSample) -> Beam:
         if sample.chunks is not indexed[0]:
-            index = bm25s.BM25()
-            index.index(words(sample.chunks), show_progress=False)
+            index, tokens = bm25s.BM25(), words(sample.chunks)
+            # it cannot index texts that have nothing but stop words
+            index.index(tokens if any(tokens) else [["-"] for _ in tokens], show_progress=False)
             indexed[:] = sample.chunks, index
         scores = indexed[1].get_scores(words([sample.question])[0])
         best = best_actions(scores, min(k, len(scores)))
@@ -254,7 +255,7 @@ class Results:
         """
         options = self._options
         more["models"] = {judged.name: judged.digest for judged in models}
-        more["files"] = {file.name: sha256(file) for file in files}
+        more["files"] = {str(file): sha256_of(file) for file in files}
         more |= {"stopping": self._stopping, "q_over_steps": self._q_over_steps}
         self._write(more)
         if self._stopping:
@@ -385,7 +386,3 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--journal", type=Path, help="file of single searches; left out: beside the figures"
     )
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()

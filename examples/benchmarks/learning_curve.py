@@ -25,6 +25,7 @@ import yaml
 from machine import report
 
 from qrag_retriever import QRAGModel, SearchOptions
+from qrag_retriever.files import sha256_of
 from qrag_train.data.sample import SampleList
 from qrag_train.data.source import SourceConfig
 from qrag_train.evaluation import evaluate
@@ -64,7 +65,14 @@ def write(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
 
 def training(options: argparse.Namespace) -> dict[str, Any]:
     """What all shares have in common."""
-    return {"config": options.config.name, "updates": options.updates}
+    data = yaml.safe_load(options.config.read_text(encoding="utf-8"))["data"]
+    named = {Path(source["file"]) for part in ("train", "val") for source in data[part]}
+    files = [options.config, *sorted(file for file in named if file.is_file())]
+    return {
+        "config": options.config.name,
+        "updates": options.updates,
+        "files": {str(file): sha256_of(file) for file in files},
+    }
 
 
 def judged(options: argparse.Namespace) -> dict[float, dict[str, Any]]:

@@ -8,17 +8,20 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_PACKAGES = ("qrag-retriever", "torch", "transformers", "sentence-transformers", "numpy")
 
 
 def parse_run(
@@ -64,8 +67,7 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
+        **{name: version(name) for name in _PACKAGES},
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
@@ -73,7 +75,7 @@ def machine() -> dict[str, str | int]:
 def report(file: Path, seed: int, **figures: Any) -> None:
     """Write figures beside the command, the day and the machine they come from."""
     content = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "date": dt.datetime.now(dt.timezone.utc).date().isoformat(),
         "machine": machine(),
         "seed": seed,

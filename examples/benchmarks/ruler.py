@@ -58,6 +58,10 @@ def main() -> None:
     trained = models[0].model if models else None
     before = start_of(trained, options.encoder, texts)
     tasks = [task for task in options.tasks if questions.get(task, True)]
+    for task in sorted({*options.tasks} - {*tasks}):
+        print(f"{task} is left out: its questions are missing (--squad, --hotpotqa).")
+    if not tasks:
+        raise SystemExit("No task is left to judge.")
     for tokens in options.tokens:
         for task in tasks:
             source = Ruler(task, tokens, background, words=words, questions=questions.get(task, ()))
@@ -66,7 +70,7 @@ def main() -> None:
                 data = f"{task}, {figures.short(tokens)}"
                 results.measure(method, samples, len(samples), data=data, task=task, tokens=tokens)
     results.rows += averages(results.rows)
-    given = [options.words, options.squad, options.hotpotqa]
+    given = [options.words, options.squad, options.hotpotqa, *options.background.glob("*.txt")]
     figures.over_length(lines(results.rows), options.json)  # a reader may fail
     results.write([*models, before], [file for file in given if file])
 

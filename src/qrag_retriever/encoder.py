@@ -30,9 +30,6 @@ CPU_BATCH_TOKENS = 1024
 _CPU_BATCH_NUMBERS = 1 << 18
 GPU_BATCH_TOKENS = 65536
 
-# Shows differences between tokenizers: case, accents, spaces, scripts, digits, rare words.
-_PROBE = "Où  est l'İnternet? WHO's in Zürich, 1994–2026: €3.50\tnaïve ﬁ 東京 Привет सत्य 🙂 antidis"
-
 
 class Encoder(nn.Module):
     """A transformer with pooling, as Sentence-Transformers modules, and a factor on its output.
@@ -213,14 +210,12 @@ class Encoder(nn.Module):
         return result[torch.tensor(rows, device=self.device)]
 
     def digest(self, **settings: object) -> str:
-        """SHA-256 of weights, kinds of modules, how the tokenizer cuts a text, these settings."""
+        """SHA-256 of the weights, the kinds of modules and these settings."""
         kinds = [
             [type(layer).__name__, str(getattr(layer, "pooling_mode", ""))]
             for layer in list(self.layers)[1:]
         ]
-        # token ids rather than the tokenizer's files, which change with its library's version
-        ids = [self.prefix, *self.tokenize([_PROBE]), self.suffix]
-        shape = {**settings, "layers": kinds, "ids": ids}
+        shape = {**settings, "layers": kinds}
         digest = hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.layers.state_dict().items()):
             digest.update(name.encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from qrag_retriever.errors import (
     MissingDependencyError,
     QRAGError,
 )
+from qrag_retriever.files import sha256_of
 from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample, finite
 from qrag_train.data.simulator import OBJECTS, PLACES
@@ -38,6 +40,7 @@ def evaluate(
     beams: int = 1,
     baselines: bool = False,
     output: str = "evaluation.json",
+    seed: int = 0,
     **source: Any,
 ) -> None:
     """Judge a model: print a table and write the figures to a JSON file.
@@ -53,6 +56,7 @@ def evaluate(
         baselines: Also judge one step alone (ordinary dense retrieval), and the embedder that the
             model was trained from.
         output: The JSON file.
+        seed: Of the documents that babilong and ruler make.
         source: What kind of file it is.
     """
     from qrag_retriever.model_choice import resolve_model
@@ -61,13 +65,17 @@ def evaluate(
     _refuse_below_one(k=k, beams=beams)
     file, model = _writable(output), model_of(model)
     judged = resolve_model(model)
+    asked = {"data": data, "k": k, "q_threshold": q_threshold, "beams": beams, "seed": seed}
+    about = {"model": model, "fingerprint": judged.fingerprint, **asked, **source}
+    about |= {"sha256": sha256_of(Path(data))} if Path(data).is_file() else {}
+    about["version"] = version("qrag-retriever")
     rows = []
-    for name, samples in read_questions(data, **source).items():
-        judgements = reports(judged, samples, k, q_threshold, beams, baselines=baselines)
-        rows += [{"data": name, "questions": len(samples), **report} for report in judgements]
+    for name, samples in read_questions(data, seed=seed, **source).items():
+        for row in reports(judged, samples, k, q_threshold, beams, baselines=baselines):
+            rows.append({"data": name, "questions": len(samples), **row})
+            text = json.dumps({**about, "rows": rows}, indent=2)
+            file.write_text(text + "\n", encoding="utf-8")
     print(markdown(rows))
-    text = json.dumps({"model": model, "rows": rows}, indent=2)
-    file.write_text(text + "\n", encoding="utf-8")
 
 
 def calibrate(
@@ -75,6 +83,7 @@ def calibrate(
     data: str | list[str],
     target_em: float | None = None,
     k: int | None = None,
+    seed: int = 1,
     **source: Any,
 ) -> None:
     """Choose the Q below which a model stops, on validation questions, and write it into the model.
@@ -85,6 +94,7 @@ def calibrate(
             task of ruler, such as ruler:niah_multikey_1. Several of a kind: [a.jsonl,b.jsonl].
         target_em: Choose the fewest steps that reach this Fact-EM; left out: the best Fact-F1.
         k: Budget of a search, which becomes the model's; left out: the model's own.
+        seed: Of the documents that babilong and ruler make: others than those of evaluate.
         source: What kind of file it is.
     """
     from qrag_retriever.model import QRAGModel
@@ -98,7 +108,7 @@ def calibrate(
     files = [data] if isinstance(data, str) else data
     if not files:
         raise DatasetError("No file is given; name at least one with validation questions.")
-    sets = [part for file in files for part in read_questions(file, **source).values()]
+    sets = [part for file in files for part in read_questions(file, seed=seed, **source).values()]
     samples = [sample for part in sets for sample in part]
     chosen = calibration.calibrate(judged, samples, k=budget, target_em=target_em)
     calibration.write_threshold(model, chosen, budget)
@@ -142,12 +152,13 @@ def _refuse_below_one(**counts: int | None) -> None:
 def _writable(name: str) -> Path:
     """A file to write to, its folder made, before any work that would be lost."""
     file = Path(name)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidInputError(f"No file can be made at {file}: {error}; name another.") from error
     if file.is_dir():
         raise InvalidInputError(f"{file} is a folder; name a file in it.")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise InvalidInputError(f"No file can be made at {file}: {error}; name another.") from error
     return file
 
 
@@ -165,6 +176,7 @@ def read_questions(
     questions: str | None = None,
     pool: bool = False,
     samples: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Sequence[SupportSample]]:
     """Questions to judge a model on, by a name for each set.
 
@@ -186,7 +198,9 @@ def read_questions(
         words: For ruler's needles: a file with a word a line.
         questions: For ruler:qa_1 a file of SQuAD's shape, for ruler:qa_2 of HotpotQA's.
         pool: Search the chunks of all questions of the file, not each question's own.
-        samples: Number of questions; left out: all, or 200 where they have no end.
+        samples: Number of questions; left out: all of a file, or 200 where documents are made, as
+            those of babilong and ruler.
+        seed: Of the documents that are made.
 
     Raises:
         DatasetError: If the file cannot be read or is not as described.
@@ -223,12 +237,12 @@ def read_questions(
         unit, lengths = "tokens", tokens or [4096]
         common |= {"words": words, "questions": questions}
     else:
-        source = finite(SourceConfig(data, **common).open(), samples or _MADE)
+        source = finite(SourceConfig(data, **common).open(), samples or _MADE, seed)
         return {name: (pooled(source) if pool else source)[:samples]}
     found: dict[str, Sequence[SupportSample]] = {}
     for length in lengths:
         made = SourceConfig(data, **{**common, unit: (length, length)}).open()
-        found[f"{name}, {length} {unit}"] = FixedSamples(made, samples or _MADE, seed=0)
+        found[f"{name}, {length} {unit}"] = FixedSamples(made, samples or _MADE, seed)
     return found
 
 

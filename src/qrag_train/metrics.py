@@ -182,6 +182,8 @@ def answer_em(prediction: str, answers: Iterable[str]) -> float:
 def answer_f1(prediction: str, answers: Iterable[str]) -> float:
     """Best F1 of the prediction's words against one of the answers, both in normal form.
 
+    As SQuAD's; HotpotQA's own is 0 where one of both is yes, no or noanswer and the other is not.
+
     Example:
         >>> answer_f1("the old garden", ["garden"])
         0.666...

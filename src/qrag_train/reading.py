@@ -93,6 +93,7 @@ class Reader:
         on_end = 0
         for key, text in zip(tqdm(keys, desc=self.name, unit="answer"), prompts, strict=True):
             if key in self._journal:
+                on_end = 0
                 continue
             answer = self._answer(text)
             if isinstance(answer, str):

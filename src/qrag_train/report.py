@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qrag_retriever.errors import ModelFormatError
+from qrag_retriever.model_files import is_qrag_model
 from qrag_retriever.search import SearchOptions
 from qrag_train.build import starting_model
 from qrag_train.evaluation import evaluate
@@ -60,10 +63,11 @@ def reports(
     """
     k = model.config.max_steps if k is None else k
     q_threshold = model.config.q_threshold if q_threshold is None else q_threshold
-    searches = [(f"{k} steps", model, SearchOptions(k, beams=beams))]
+    plan = f", {beams} beams" if beams > 1 else ""
+    searches = [(f"{k} steps{plan}", model, SearchOptions(k, beams=beams))]
     if q_threshold is not None:
         stopping = SearchOptions(k, q_threshold, beams)
-        searches.append((f"at most {k} steps, until Q < {q_threshold:.3f}", model, stopping))
+        searches.append((f"at most {k} steps{plan}, until Q < {q_threshold:.3f}", model, stopping))
     if baselines:
         searches += _baselines(model, k)
     for name, judged, options in searches:
@@ -82,17 +86,30 @@ def _baselines(model: QRAGModel, k: int) -> Iterator[tuple[str, QRAGModel, Searc
 def untrained(model: QRAGModel) -> QRAGModel | None:
     """What a model was trained from; ``None`` for random weights, or where it is not to be had.
 
-    A model may name a folder of the machine that it was trained on: a warning says so.
+    A model may name a folder of the machine that it was trained on, or a name that stands for the
+    model itself by now, as that of a packaged one does: a warning says so.
     """
     settings = model.config.training.get("settings", {}).get("model")
     if settings is None or settings["scratch"] is not None:
         return None
     values = {"positions": model.config.positions, **(settings["settings"] or {})}
+    name = settings["encoder"]
+    problem = f"{name} is a name of the model itself by now."
     try:
-        return starting_model(settings["encoder"], values).to(model.device)
+        start = starting_model(name, values).to(model.device)
+        if name is None or not is_qrag_model(name) or not _have_equal_weights(start, model):
+            return start
     except ModelFormatError as error:
-        warnings.warn(f"What this model was trained from is left out: {error}", stacklevel=2)
-        return None
+        problem = str(error)
+    warnings.warn(f"What this model was trained from is left out: {problem}", stacklevel=2)
+    return None
+
+
+def _have_equal_weights(first: QRAGModel, second: QRAGModel) -> bool:
+    weights, others = first.state_dict(), second.state_dict()
+    return weights.keys() == others.keys() and all(
+        torch.equal(weight, others[name]) for name, weight in weights.items()
+    )
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -97,6 +97,9 @@ def test_books_give_sentences_of_moderate_length():
 
 
 def test_folders_without_books(tmp_path):
+    (tmp_path / "other" / "book.txt").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"book\.txt cannot be read"):
+        BackgroundText.from_folder(tmp_path / "other")
     with pytest.raises(DatasetError, match=r"holds 0 \.txt files and no sentence"):
         BackgroundText.from_folder(tmp_path)
     (tmp_path / "b.txt").write_text("The second book is here.")

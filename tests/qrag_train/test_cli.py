@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from tiny import fit_options, tiny_model, write_questions
 
 from qrag_retriever import QRAGModel
 from qrag_retriever.errors import DatasetError, InvalidInputError
+from qrag_train import cli
 from qrag_train.cli import main, read_questions
 from qrag_train.curves import read_curves
 from qrag_train.module import QRAGTrainingModule
@@ -470,6 +472,33 @@ def test_evaluate_refuses_what_cannot_be_before_any_work(
     assert message in capsys.readouterr().err
 
 
+def test_documents_to_judge_on_are_not_those_the_threshold_was_chosen_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+
+    def read(*_: object, seed: int = 0, **__: object) -> dict[str, list[object]]:
+        seeds.append(seed)
+        raise DatasetError("no more")
+
+    monkeypatch.setattr(cli, "read_questions", read)
+    model = str(tiny_model(tmp_path / "encoder", "none").save_pretrained(tmp_path / "model"))
+    for command in ("evaluate", "calibrate"):
+        arguments = [command, model, "simulated:1"]
+        extra = [f"--output={tmp_path}/e.json"] if command == "evaluate" else []
+        assert main([*arguments, *extra]) == 1
+        assert main([*arguments, *extra, "--seed=7"]) == 1
+    assert seeds == [0, 7, 1, 7]
+    monkeypatch.undo()
+    (tmp_path / "book.txt").write_text("The garden was dark and quiet at night. " * 9)
+    first, same, other = (
+        next(iter(read_questions("simulated:1", "babilong", None, str(tmp_path), seed=s).values()))
+        for s in (0, 0, 1)
+    )
+    assert list(first[:5]) == list(same[:5])
+    assert list(first[:5]) != list(other[:5])
+
+
 def test_questions_on_a_corpus_need_no_format(tmp_path: Path) -> None:
     corpus, questions = tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl"
     texts = {"a": "the cup is red", "b": "the hat is blue"}
@@ -496,7 +525,11 @@ def test_evaluate_prints_a_table_and_writes_figures(
     output, data = tmp_path / "figures.json", whole.parent / "val.jsonl"
     arguments = ["evaluate", str(whole / "model"), str(data), f"--output={output}"]
     assert main([*arguments, "--q_threshold=0.1", "--baselines=true", "--k=3"]) == 0
-    rows = json.loads(output.read_text())["rows"]
+    written = json.loads(output.read_text())
+    assert written["fingerprint"] == QRAGModel.from_pretrained(whole / "model").fingerprint
+    assert written["sha256"] == hashlib.sha256(data.read_bytes()).hexdigest()
+    assert (written["data"], written["k"], written["beams"]) == (str(data), 3, 1)
+    rows = written["rows"]
     names = ["3 steps", "at most 3 steps, until Q < 0.100", "the best 3 of one step"]
     assert [row["retrieval"] for row in rows] == names
     assert all(row["questions"] == 12 for row in rows)

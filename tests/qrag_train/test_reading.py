@@ -147,6 +147,17 @@ def test_it_gives_up_after_three_failures_on_end(server: LLMServer) -> None:
     assert len(server.asked) == 5
 
 
+def test_failures_apart_do_not_stop_a_reader_that_goes_on(server: LLMServer) -> None:
+    journal = Journal(None)
+    # the second and third time these three have nothing but kept answers between them
+    server.refused = tuple(f"Where is {i}?" for i in (0, 2, 4))
+    reader = Reader(FromLlamaIndex(url=server.url), "tiny", journal)
+    with pytest.raises(ReaderError, match="answered 2 of 5"):
+        reader.answers("babilong", TASKS[:5])
+    with pytest.raises(ReaderError, match="answered 3 of 6"):
+        reader.answers("babilong", TASKS)
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [(" a b ", "a b"), (["a", {"type": "text", "text": " b"}, {"type": "image"}], "a b")],

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import Colours, tiny_model
 
 from qrag_retriever.errors import InvalidInputError
-from qrag_train.report import markdown, reports
+from qrag_train.report import markdown, reports, untrained
 
 SAMPLES = [Colours(support=2).sample(np.random.default_rng(i)) for i in range(4)]
 
@@ -49,6 +50,31 @@ def test_a_start_that_is_gone_is_left_out_with_a_warning(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="trained from is left out: .*gone"):
         rows = list(reports(model, SAMPLES, 3, baselines=True))
     assert [row["retrieval"] for row in rows] == ["3 steps", "the best 3 of one step"]
+
+
+def test_a_packaged_model_that_went_on_from_itself_is_no_start(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "encoder", "none")
+    before = tiny_model(tmp_path / "encoder", "none")
+    start = {"encoder": str(before.save_pretrained(tmp_path / "model")), "scratch": None}
+    training = {"settings": {"model": start | {"settings": {"max_chunk_tokens": 9}}}}
+    model.config = model.config.replace(training=training)
+    with pytest.warns(UserWarning, match="is a name of the model itself"):
+        assert untrained(model) is None
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    found = untrained(model)
+    assert found is not None
+    assert found.config.max_chunk_tokens == 9
+    assert torch.equal(next(found.parameters()), next(before.parameters()))
+
+
+def test_a_plan_is_named(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, "none")
+    rows = list(reports(model, SAMPLES, 3, 0.5, beams=2))
+    assert [row["retrieval"] for row in rows] == [
+        "3 steps, 2 beams",
+        "at most 3 steps, 2 beams, until Q < 0.500",
+    ]
 
 
 def test_a_table_has_the_columns_that_are_used() -> None:

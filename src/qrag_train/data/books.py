@@ -116,17 +116,14 @@ class BackgroundText:
             max_words: See :func:`split_sentences`.
 
         Raises:
-            DatasetError: If the folder holds no ``.txt`` file with a sentence in it.
+            DatasetError: If the folder holds no ``.txt`` file with a sentence in it, or one cannot
+                be read.
         """
         books = sorted(Path(folder).glob("*.txt"))
         sentences = [
             sentence
             for book in books
-            for sentence in split_sentences(
-                book.read_text(encoding="utf-8-sig", errors="replace"),
-                min_words=min_words,
-                max_words=max_words,
-            )
+            for sentence in split_sentences(_read(book), min_words=min_words, max_words=max_words)
         ]
         if not sentences:
             raise DatasetError(
@@ -162,3 +159,12 @@ class BackgroundText:
     @functools.cached_property
     def _ends(self) -> NDArray[np.int64]:
         return np.cumsum([len(sentence) + 1 for sentence in self.sentences], dtype=np.int64)
+
+
+def _read(book: Path) -> str:
+    try:
+        return book.read_text(encoding="utf-8-sig", errors="replace")
+    except OSError as error:
+        raise DatasetError(
+            f"{book} cannot be read ({error}); give a folder of novels as plain text."
+        ) from error
