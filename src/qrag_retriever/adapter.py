@@ -15,7 +15,7 @@ import numpy as np
 from typing_extensions import Self, TypedDict, Unpack
 
 from qrag_retriever.constructors import ALIASES, Constructors, resolve_aliases
-from qrag_retriever.corpus import Corpus
+from qrag_retriever.corpus import AllOf, Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
 from qrag_retriever.index import ChunkIndex
@@ -297,6 +297,9 @@ class RetrieverAdapter(Constructors):
             )
         selection = {name: given.pop(name) for name in _SELECTION if name in given}
         selection.setdefault("filter", self.filter)
+        own, asked = self.filter, selection["filter"]
+        if self.index.adds_filters and own is not None and asked is not own:
+            selection["filter"] = own if asked is None else AllOf(own, asked)
         return SearchOptions(**{**self._search_settings(), **given}), selection
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from datetime import date, time
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qrag_retriever.chunk import to_chunks
-from qrag_retriever.errors import InvalidInputError, MissingDependencyError
+from qrag_retriever.errors import (
+    FingerprintMismatchError,
+    InvalidInputError,
+    MissingDependencyError,
+    QRAGError,
+)
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -26,6 +32,9 @@ if TYPE_CHECKING:
 # Of each worker, for Ray's books: less than one, so that on a machine with as many cores as workers
 # something is left for reading and writing, without which the workers would wait for ever.
 _CPUS = 0.5
+_COMPARED = 8  # texts embedded again to see that the embeddings are the model's
+_TOLERANCE = 0.02  # of an embedding's length: workers may compute in half precision
+_NO_ROWS = "The dataset has no rows; give at least one text."
 
 
 class ChunkEmbedder:
@@ -68,6 +77,8 @@ class StoreWriter:
         ids = _ids(batch)
         if not all(ids):
             raise InvalidInputError("A row has no id; give every chunk one to fill a store.")
+        if getattr(self._store, "col", None) is not None:  # Milvus, which would keep both
+            self._store.delete(ids=ids)
         self._store.add_texts(_texts(batch), _rows(batch, others), ids=ids)
         return {"id": batch["id"]}
 
@@ -151,7 +162,8 @@ def fill_store(
         num_cpus=_CPUS,
         batch_size=batch_size,
     )
-    return int(written.count())
+    with _own_errors():
+        return int(written.count())
 
 
 def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> ChunkIndex:
@@ -169,13 +181,17 @@ def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> 
         InvalidInputError: If a column is missing or holds something else, there are no rows, or
             the model has positions and nothing says in which order the rows are; and see
             `ChunkIndex.from_embeddings`.
+        FingerprintMismatchError: If another model made the embeddings.
     """
     ray_options = getattr(getattr(dataset, "context", None), "execution_options", None)
     kept = getattr(ray_options, "preserve_order", True)
-    if order_by is None and not kept and model.config.positions != "none":
+    config = model.config
+    ordered = config.positions != "none" or config.state_order == "document"
+    if order_by is None and not kept and ordered:
         raise InvalidInputError(
-            f"A model with positions={model.config.positions!r} needs the chunks in document order,"
-            " which Ray does not keep; give order_by=, a column with each chunk's number."
+            f"A model with positions={config.positions!r} and state_order={config.state_order!r} "
+            "needs the chunks in document order, which Ray does not keep; give order_by=, a column "
+            "with each chunk's number."
         )
     texts: list[str] = []
     metadatas: list[dict[str, Any]] = []
@@ -183,18 +199,20 @@ def index_of(dataset: Any, model: QRAGModel, *, order_by: str | None = None) -> 
     parts: list[NDArray[np.float32]] = []
     places: list[NDArray[Any]] = []
     needed = ("text", "embedding", *([] if order_by is None else [order_by]))
-    for batch in dataset.iter_batches(batch_format="numpy"):
-        _check_columns(list(batch), needed)
-        if order_by is not None:
-            places.append(np.asarray(batch[order_by]))
-        parts.append(np.stack(list(batch["embedding"])).astype(np.float32, copy=False))
-        others = [name for name in batch if name not in ("id", "text", "embedding")]
-        texts += _texts(batch)
-        ids += _ids(batch)
-        metadatas += _rows(batch, others)
+    with _own_errors():
+        for batch in dataset.iter_batches(batch_format="numpy"):
+            _check_columns(list(batch), needed)
+            if order_by is not None:
+                places.append(np.asarray(batch[order_by]))
+            parts.append(np.stack(list(batch["embedding"])).astype(np.float32, copy=False))
+            others = [name for name in batch if name not in ("id", "text", "embedding")]
+            texts += _texts(batch)
+            ids += _ids(batch)
+            metadatas += _rows(batch, others)
     if not texts:
-        raise InvalidInputError("The dataset has no rows; give at least one text.")
+        raise InvalidInputError(_NO_ROWS)
     embeddings = np.concatenate(parts)
+    _check_model(texts, embeddings, model)
     if places:
         order = np.argsort(_numbers(np.concatenate(places), str(order_by)), kind="stable")
         embeddings = embeddings[order]
@@ -256,7 +274,38 @@ def _plain(value: Any) -> Any:
     return value.isoformat() if isinstance(value, (date, time)) else value
 
 
-def _check_columns(columns: list[str], needed: tuple[str, ...]) -> None:
+def _check_model(texts: list[str], embeddings: NDArray[np.float32], model: QRAGModel) -> None:
+    """Embed some texts again and compare."""
+    some = np.unique(np.linspace(0, len(texts) - 1, _COMPARED).astype(int))
+    again = model.encode_actions([texts[i] for i in some])
+    given = embeddings[some]
+    far = np.full(len(some), np.inf)
+    if given.shape == again.shape:
+        far = np.linalg.norm(given - again, axis=1)
+    if not (far <= _TOLERANCE * np.linalg.norm(again, axis=1)).all():
+        raise FingerprintMismatchError(
+            "The embeddings are not this model's: it embeds some of the texts otherwise. Give the "
+            "model that embed_dataset had, or embed the texts again."
+        )
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """What a worker refused as the error that it is, not as Ray's with the worker's stack."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, QRAGError):
+            cause = getattr(cause, "cause", None) or cause.__cause__
+        if cause is None:
+            raise
+        raise cause from error
+
+
+def _check_columns(columns: list[str] | None, needed: tuple[str, ...]) -> None:
+    if columns is None:
+        raise InvalidInputError(_NO_ROWS)
     missing = [name for name in needed if name not in columns]
     if missing:
         raise InvalidInputError(

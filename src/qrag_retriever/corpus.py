@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qrag_retriever.errors import InvalidInputError
 
@@ -16,13 +16,24 @@ if TYPE_CHECKING:
     from qrag_retriever.search import SearchOptions
 
 
+class AllOf(NamedTuple):
+    """Two filters in a store's own language, both of which must hold."""
+
+    first: Any
+    second: Any
+
+
 class Corpus(ABC):
     """A `ChunkIndex`, a vector store, or what another retriever finds.
 
     Attributes:
         model: The model that made the embeddings of the chunks.
         fingerprint: Of the model, when it made them.
+        adds_filters: Whether the filter of a call narrows the retriever's own, as an `AllOf`, and
+            does not take its place.
     """
+
+    adds_filters = False
 
     model: QRAGModel
     fingerprint: str

@@ -12,7 +12,11 @@ import pytest
 
 from qrag_retriever import ChunkIndex, QRAGModel
 from qrag_retriever.bulk import ChunkEmbedder, StoreWriter, embed_dataset, fill_store, index_of
-from qrag_retriever.errors import InvalidInputError, MissingDependencyError
+from qrag_retriever.errors import (
+    FingerprintMismatchError,
+    InvalidInputError,
+    MissingDependencyError,
+)
 
 TEXTS = [f"the {colour} cup fell {n} times" for n in range(12) for colour in ("red", "blue")]
 
@@ -98,6 +102,35 @@ def test_a_model_with_positions_needs_the_order(tiny_model: QRAGModel) -> None:
         index_of(rows, tiny_model)
     rows.context.execution_options.preserve_order = True
     assert len(index_of(rows, tiny_model)) == 24
+
+
+def test_a_state_in_document_order_needs_the_order(tmp_path: Path, tiny_model: QRAGModel) -> None:
+    config = tiny_model.config.replace(positions="none", state_order="document")
+    model = QRAGModel(tiny_model.state_encoder, tiny_model.action_encoder, config)
+    rows = Rows({"text": np.array(TEXTS), "embedding": model.encode_actions(TEXTS)})
+    rows.context = SimpleNamespace(execution_options=SimpleNamespace(preserve_order=False))
+    with pytest.raises(InvalidInputError, match="state_order='document'"):
+        index_of(rows, model)
+
+
+def test_embeddings_of_another_model_are_refused(tiny_model: QRAGModel) -> None:
+    embeddings = tiny_model.encode_actions(TEXTS)
+    assert len(index_of(Rows({"text": np.array(TEXTS), "embedding": embeddings}), tiny_model)) == 24
+    for wrong in (embeddings * 1.1, embeddings[::-1], embeddings[:, 1:]):
+        with pytest.raises(FingerprintMismatchError, match="not this model's"):
+            index_of(Rows({"text": np.array(TEXTS), "embedding": wrong}), tiny_model)
+
+
+def test_what_a_worker_refuses_is_told_as_it_is(tiny_model: QRAGModel) -> None:
+    class Failing(Rows):
+        def iter_batches(self, batch_format: str) -> Any:
+            inner = InvalidInputError("A row has no id.")
+            wrapped = RuntimeError("a worker's stack")
+            wrapped.cause = inner  # type: ignore[attr-defined]
+            raise wrapped
+
+    with pytest.raises(InvalidInputError, match=r"^A row has no id\.$"):
+        index_of(Failing(), tiny_model)
 
 
 def test_a_batch_written_twice_is_there_once() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import VectorStoreIndex
 from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.schema import TextNode
-from llama_index.core.vector_stores.types import VectorStoreQueryResult
+from llama_index.core.vector_stores.types import (
+    FilterCondition,
+    FilterOperator,
+    MetadataFilter,
+    MetadataFilters,
+    VectorStoreQueryResult,
+)
 
 from qrag_retriever import QRAGEmbeddings, QRAGRetriever
 from qrag_retriever.chunk import Chunk
@@ -269,6 +276,32 @@ def test_a_store_that_finds_no_more_than_are_needed(over):
         retriever.search(QUERY, runners_up=3)
 
 
+def test_a_store_that_cuts_lists_short_is_no_exhausted_one(over):
+    retriever = over(Narrow(CHUNKS, PLAIN.encode_actions(TEXTS)), k=4)
+    assert len(retriever.search(QUERY)) == 4
+    retriever.index._store.most = 2
+    with pytest.raises(VectorStoreError, match=r"returned 2 chunks of 4 .* too few"):
+        retriever.search(QUERY)
+    retriever.index._store.most = 0
+    with pytest.raises(VectorStoreError, match="returned 0 chunks of 1 "):
+        over(retriever.index._store)
+    few = over(Memory(CHUNKS[:3], PLAIN.encode_actions(TEXTS[:3])), k=9).search(QUERY)
+    assert (len(few), few.stopped) == (3, "exhausted")
+
+
+def test_llama_indexs_milvus_is_not_asked_what_it_would_mistranslate():
+    store = LlamaIndexMilvus(Nameless(), None)
+    b = MetadataFilter(key="tenant", value="b")
+    begins = MetadataFilter(key="tenant", value="b", operator=FilterOperator.TEXT_MATCH)
+    for filters, message in (
+        (MetadataFilters(filters=[b], condition=FilterCondition.NOT), "condition NOT"),
+        (MetadataFilters(filters=[begins]), "text_match"),
+    ):
+        for whole in (filters, MetadataFilters(filters=[b, filters])):
+            with pytest.raises(InvalidInputError, match=message):
+                store.narrowed(whole)
+
+
 def test_what_fails_is_our_error_with_the_cause(over):
     store = Memory()
     store.error = ConnectionError("no route")
@@ -340,6 +373,9 @@ def test_documents_without_an_id(kind):
 
 class Nameless:
     """As LlamaIndex's Milvus where entities hold no node: it makes one up for each hit."""
+
+    collection_name = "chunks"
+    client = SimpleNamespace(query=lambda *_, **__: [{"count(*)": len(TEXTS)}])
 
     def query(self, query, string_expr):
         q_values = PLAIN.encode_actions(TEXTS) @ np.array(query.query_embedding, dtype=np.float32)

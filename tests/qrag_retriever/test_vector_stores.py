@@ -134,6 +134,15 @@ def test_filters_add_up_and_never_widen(filled):
         over(store, k=20).search(QUERY, filter=own.where(tenant="b", book="two")),
         oracle.search(QUERY, filter={"tenant": "b", "book": "two"}),
     )
+    # a filter that was set on the retriever later, too
+    late = over(store, k=20)
+    late.filter = own.where(tenant="a")
+    check(late.search(QUERY), expected)
+    check(late.search(QUERY, filter=None), expected)
+    check(
+        late.search(QUERY, filter=own.where(book="two")),
+        oracle.search(QUERY, filter={"tenant": "a", "book": "two"}),
+    )
     twin = copy.copy(tenant)
     assert {step.metadata["tenant"] for step in twin.search(QUERY)} == {"a"}
 
@@ -249,6 +258,7 @@ def with_empty_parts(name):
             models.Filter(min_should=least),
             models.Filter(min_should=models.MinShould(conditions=[a], min_count=0)),
             models.Filter(must=[every]),
+            models.Filter(must_not=[models.FieldCondition(key="metadata.tenant")]),
             models.Filter(must=[models.NestedCondition(nested=nested)]),
         ]
     if name.startswith("langchain"):
@@ -413,6 +423,22 @@ def test_approximate_faiss_indexes(kind, tmp_path):
             over(store, model).search(QUERY, filter=chosen),
             local(items, model).search(QUERY, filter=chosen),
         )
+
+
+def test_an_approximate_index_that_finds_too_few_is_no_short_list(tmp_path):
+    import faiss
+
+    own, rng = ENGINES["langchain-faiss"], np.random.default_rng(0)
+    items = [Document(f"text {i}", id=str(i), metadata={"i": i}) for i in range(600)]
+    store = own.fill(PLAIN, tmp_path, [])
+    store.index = faiss.index_factory(PLAIN.dimension, "HNSW4", faiss.METRIC_INNER_PRODUCT)
+    store.index.hnsw.efSearch = 1
+    store.add_documents(items, ids=[item.id for item in items])
+    picked = rng.choice(600, 3, replace=False).tolist()
+    with pytest.raises(VectorStoreError, match="looks at too few"):
+        over(store).search(QUERY, filter={"i": {"$in": picked}})
+    with pytest.raises(VectorStoreError, match="looks at too few"):
+        over(store, filter={"i": {"$in": picked}})
 
 
 def test_points_that_hold_no_node(tmp_path):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from qrag_retriever.corpus import Corpus
+from qrag_retriever.corpus import AllOf, Corpus
 from qrag_retriever.errors import ConfigError, InvalidInputError, VectorStoreError
 from qrag_retriever.rotary import rotate
 from qrag_retriever.vector_stores.kinds import open_store
@@ -46,6 +46,8 @@ class StoreCorpus(Corpus):
         InvalidInputError: If it is empty, or the filter cannot be used.
     """
 
+    adds_filters = True
+
     def __init__(
         self, store: Any, model: QRAGModel, *, filter: Any = None, number_key: str | None = None
     ) -> None:
@@ -74,9 +76,10 @@ class StoreCorpus(Corpus):
                 f"temperature={options.temperature} needs Q of every chunk, and a vector store "
                 "tells of the best alone. Leave it out, or use a ChunkIndex."
             )
-        own = _StoreCandidates(
-            self._store.narrowed(filter), model, options, exclude_ids, self._to_q
-        )
+        store = self._store
+        for part in filter if isinstance(filter, AllOf) else (filter,):
+            store = store.narrowed(part)
+        own = _StoreCandidates(store, model, options, exclude_ids, self._to_q)
         return [own] * len(queries)
 
     def _check(self, model: QRAGModel) -> None:
@@ -139,7 +142,10 @@ class _StoreCandidates:
         self._to_q = to_q
         self._seen: dict[int, Hit] = {}
         self._number_of: dict[str, int] = {}
-        self.n = None if self._scheme.mode == "none" else self._checked_count()
+        placed = self._scheme.mode != "none"
+        ordered = placed or model.config.state_order == "document"
+        count = self._checked_count() if ordered else None
+        self.n = count if placed else None
 
     def score(
         self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]

@@ -50,8 +50,8 @@ class FilteredStore(Store):
         narrowed = copy.copy(self)
         if filter is None:
             return narrowed
+        own = copy.deepcopy(filter)  # the caller may write into theirs
         try:
-            own = copy.deepcopy(filter)  # the caller may write into theirs
             conditions = self._translated(own)
         except TypeError:
             raise InvalidInputError(
@@ -76,6 +76,9 @@ class FilteredStore(Store):
         """Filters and chunk numbers as one filter; ``None``: all chunks."""
         conditions = [*self.filters, *(self._range(*numbers) if numbers else ())]
         return self._joined(conditions) if conditions else None
+
+    def _filter_hint(self) -> str:
+        return ", and that it understands the filter" if self.filters else ""
 
     def _check(self, request: Request, hits: Sequence[Hit]) -> None:
         super()._check(request, hits)

@@ -51,7 +51,7 @@ def chunk_of(node: BaseNode, key: object = None) -> Chunk:
         VectorStoreError: If the node has no text.
     """
     [chunk] = to_chunks([node], ids=None if key is None else [str(key)])
-    if not chunk.text:
+    if not chunk.embed_text:  # a picture may have metadata alone
         raise VectorStoreError(
             f"The store returned node {chunk.id!r} without a text; it has to keep the texts "
             "(stores_text)."

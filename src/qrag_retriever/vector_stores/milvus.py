@@ -80,6 +80,7 @@ class LlamaIndexMilvus(MetadataFiltered, _Milvus):
     """``llama_index.vector_stores.milvus.MilvusVectorStore``, filtered by ``MetadataFilters``."""
 
     def _native(self, query: Any) -> Sequence[Any]:
+        _refuse_mistranslated(query.filters)
         expression, _ = self._store._prepare_before_search(query)  # noqa: SLF001 (no public way)
         return [_whole(expression)] if expression.strip() else []
 
@@ -101,6 +102,34 @@ class LlamaIndexMilvus(MetadataFiltered, _Milvus):
                 ]
             )
         return found
+
+
+def _refuse_mistranslated(filters: Any) -> None:
+    """Refuse what the LlamaIndex store would turn into another condition.
+
+    Raises:
+        InvalidInputError: If there is a NOT, which it leaves out, or a ``text_match``, of which it
+            makes "begins with".
+    """
+    from llama_index.core.vector_stores.types import (
+        FilterCondition,
+        FilterOperator,
+        MetadataFilters,
+    )
+
+    if filters.condition == FilterCondition.NOT:
+        raise InvalidInputError(
+            "LlamaIndex's Milvus store leaves out the condition NOT; write it with the operators "
+            "!= and nin."
+        )
+    for part in filters.filters:
+        if isinstance(part, MetadataFilters):
+            _refuse_mistranslated(part)
+        elif part.operator == FilterOperator.TEXT_MATCH:
+            raise InvalidInputError(
+                "LlamaIndex's Milvus store turns text_match into 'begins with'; filter by ==, in "
+                "or a range."
+            )
 
 
 _TOKEN = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|['"()]""", re.DOTALL)

@@ -79,7 +79,7 @@ def score_to_q(store: Store, model: QRAGModel) -> Callable[[Any], Any]:
 
 def _embedded(store: Store, model: QRAGModel, vector: NDArray[np.float32]) -> tuple[Array, Array]:
     """Embeddings of the chunks found for a vector, made anew, and the store's scores."""
-    hits: Sequence[Hit] = store.search([Request(vector, _HITS)])[0]
+    hits: Sequence[Hit] = store.search([Request(vector, _HITS, needed=1)])[0]
     if not hits:
         raise InvalidInputError(
             f"This {store.kind} store holds no chunks, or none that passes the filter; fill it "

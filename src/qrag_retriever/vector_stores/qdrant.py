@@ -107,6 +107,8 @@ def _is_filled(condition: Any) -> bool:
     if isinstance(condition, models.NestedCondition):
         return _is_filled(condition.nested.filter)
     if isinstance(condition, models.FieldCondition):
+        if all(value is None for name, value in condition if name != "key"):
+            return False
         bounds = [own for own in (condition.range, condition.values_count) if own is not None]
         return all(any(value is not None for _, value in own) for own in bounds)
     if not isinstance(condition, models.Filter):

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qrag_retriever.errors import QRAGError, VectorStoreError
+from qrag_retriever.errors import InvalidInputError, QRAGError, VectorStoreError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,8 +84,15 @@ class Store(ABC):
         Raises:
             InvalidInputError: If it is empty, or of a type that this store would not obey.
         """
-        with self._own_errors("did not accept the filter"):
+        try:
             return self._narrowed(filter)
+        except QRAGError:
+            raise
+        except Exception as error:
+            reason = str(error) or type(error).__name__
+            raise InvalidInputError(
+                f"{self.kind} does not understand the filter {filter!r}: {reason}."
+            ) from error
 
     def search(self, requests: Sequence[Request]) -> list[list[Hit]]:
         """What is found for each request, at least one, best first.
@@ -138,7 +145,14 @@ class Store(ABC):
             raise VectorStoreError(
                 f"{self.kind} returned two chunks with the id {twice!r}; ids must be unique."
             )
+        needed = request.limit if request.needed is None else request.needed
         if request.numbers is None:
+            if len(hits) < needed and len(hits) < (there := min(needed, self.count())):
+                raise VectorStoreError(
+                    f"{self.kind} returned {len(hits)} chunks of {there} that it holds and that "
+                    "pass the filter: its approximate index looks at too few (raise its ef or "
+                    "nprobe, or how many it scans), or ids stand in it twice."
+                )
             return
         low, high = request.numbers
         numbers = {hit.number for hit in hits}
@@ -148,7 +162,6 @@ class Store(ABC):
                 f" ones from {low} to {high - 1} were asked for. Each chunk of a document must have"
                 " a number of its own; with several documents in one store, filter for one."
             )
-        needed = request.limit if request.needed is None else request.needed
         wanted = min(needed, high - low)
         if len(hits) < wanted:
             raise VectorStoreError(
@@ -167,5 +180,9 @@ class Store(ABC):
             reason = str(error) or type(error).__name__
             raise VectorStoreError(
                 f"{self.kind} {failed}: {reason}. See that it is reachable, that the collection is "
-                "there and that this model filled it."
+                f"there and that this model filled it{self._filter_hint()}."
             ) from error
+
+    def _filter_hint(self) -> str:
+        """What else to look at, where there are filters."""
+        return ""
