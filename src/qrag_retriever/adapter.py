@@ -59,6 +59,12 @@ class SearchOverrides(TypedDict, total=False):
 _PER_CALL = tuple(name for name in SearchOverrides.__annotations__ if name not in ALIASES)
 
 
+NEEDS = (
+    "index must be a ChunkIndex and model a QRAGModel; from_texts, from_documents and the other "
+    "constructors make them for you."
+)
+
+
 def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under our names, with what follows from the index and the model filled in.
 
@@ -70,6 +76,8 @@ def fill_in(settings: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(index, Corpus) and result.get("model") is None:
         result["model"] = index.model
     model = result.get("model")
+    if isinstance(model, (str, Path)):
+        result["model"] = model = resolve_model(model)
     if isinstance(model, QRAGModel):
         if result.get("k") is None:
             result["k"] = model.config.max_steps
@@ -199,12 +207,19 @@ class RetrieverAdapter(Constructors):
                 already, it stays.
 
         Raises:
-            InvalidInputError: If the folder holds something else under the names of index or model,
-                or the index cannot be saved. Nothing has changed then.
+            InvalidInputError: If the folder holds something else under the names of index, model or
+                settings, or the index cannot be saved. Nothing has changed then.
             OSError: If the folder cannot be written to, or the disk is full. Likewise.
         """
         folder = Path(folder_path).expanduser()
         target, settings = folder / "model", folder / _SETTINGS_FILE
+        if folder.exists() and not folder.is_dir():
+            raise InvalidInputError(f"{folder} is a file; name a folder.")
+        if settings.exists() and not _is_ours(settings):
+            raise InvalidInputError(
+                f"{settings} was not written by save_local, and is left as it is; give another "
+                "folder."
+            )
         there, ours = _is_model(target, self.model), _wrote_model(settings)
         if include_model and not there and not ours and (target / CONFIG_FILE).is_file():
             raise InvalidInputError(
@@ -303,6 +318,14 @@ class RetrieverAdapter(Constructors):
         return SearchOptions(**{**self._search_settings(), **given}), selection
 
 
+def _is_ours(settings: Path) -> bool:
+    """Whether a settings file was written by `save_local`, or is damaged."""
+    try:
+        return _MODEL_ENTRY in json.loads(settings.read_text(encoding="utf-8"))
+    except (OSError, TypeError, ValueError):
+        return True
+
+
 def _wrote_model(settings: Path) -> bool:
     """Whether the model beside the settings was written by `save_local`."""
     try:
@@ -327,12 +350,6 @@ def _is_model(folder: Path, model: QRAGModel) -> bool:
             (there.action_encoder, model.action_encoder),
         )
     )
-
-
-def known_overrides(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a framework's call arguments that are settings of ours."""
-    names = SearchOverrides.__annotations__
-    return {name: value for name, value in arguments.items() if name in names}
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -95,7 +95,8 @@ def to_chunks(
         >>> first.id == to_chunks(["same"])[0].id, first.id == again.id
         (True, False)
     """
-    if isinstance(items, (str, bytes, Mapping, Chunk)) or not isinstance(items, Iterable):
+    one = isinstance(items, (str, bytes, Mapping, Chunk)) or hasattr(items, "metadata")
+    if one or not isinstance(items, Iterable):
         raise InvalidInputError(
             f"Give a list of texts, Documents, nodes or chunks; got one {type(items).__name__}."
         )

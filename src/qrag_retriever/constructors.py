@@ -26,6 +26,10 @@ def resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
         InvalidInputError: If both names are given with different values.
     """
     result = dict(settings)
+    if "embedding" in result:
+        raise InvalidInputError(
+            "A retriever has no embedding=; give the embedder as model=, by its folder or name."
+        )
     for alias, name in ALIASES.items():
         if alias in result:
             value = result.pop(alias)

@@ -23,12 +23,7 @@ from langchain_core.runnables.config import (
 )
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from qrag_retriever.adapter import (
-    RetrieverAdapter,
-    fill_in,
-    known_overrides,
-    step_data,
-)
+from qrag_retriever.adapter import NEEDS, RetrieverAdapter, fill_in, step_data
 from qrag_retriever.collector import in_thread
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.documents import document_from_chunk
@@ -130,7 +125,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
         documents = []
-        for step in _inside(run_manager, self.stream_search(query, **known_overrides(arguments))):
+        for step in _inside(run_manager, self.stream_search(query, **arguments)):
             _report(run_manager, step)
             documents.append(self._document(step))
         return documents
@@ -140,7 +135,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
     ) -> list[Document]:
         documents = []
         ready = await self._prepared_inside(run_manager, query)
-        async for step in _in_threads(ready.stream_search(query, **known_overrides(arguments))):
+        async for step in _in_threads(ready.stream_search(query, **arguments)):
             await _areport(run_manager, step)
             documents.append(self._document(step))
         return documents
@@ -174,7 +169,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         runs = [self._open_run(query, own) for query, own in zip(inputs, configs, strict=True)]
         found: list[list[Document]] = [[] for _ in inputs]
         try:
-            for number, step in self.stream_search_batch(inputs, **known_overrides(kwargs)):
+            for number, step in self.stream_search_batch(inputs, **kwargs):
                 _report(runs[number], step)
                 found[number].append(self._document(step))
         except BaseException as error:
@@ -205,7 +200,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         found: list[list[Document]] = [[] for _ in inputs]
         try:
             ready = await self._prepared(inputs)
-            steps = ready.stream_search_batch(inputs, **known_overrides(kwargs))
+            steps = ready.stream_search_batch(inputs, **kwargs)
             async for number, step in _in_threads(steps):
                 await _areport(runs[number], step)
                 found[number].append(self._document(step))
@@ -233,7 +228,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         run = self._open_run(input, config)
         documents: list[Document] = []
         try:
-            for step in _inside(run, self.stream_search(input, **known_overrides(kwargs))):
+            for step in _inside(run, self.stream_search(input, **kwargs)):
                 _report(run, step)
                 documents.append(self._document(step))
                 yield documents[-1:]
@@ -249,14 +244,14 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
             run.on_retriever_end(documents)
 
     async def astream(
-        self, input: str, config: RunnableConfig | None = None, **kwargs: Any | None
+        self, input: str, config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[list[Document]]:
         """As `stream`, each step in a thread."""
         run = await self._aopen_run(input, config)
         documents: list[Document] = []
         try:
             ready = await self._prepared_inside(run, input)
-            async for step in _in_threads(ready.stream_search(input, **known_overrides(kwargs))):
+            async for step in _in_threads(ready.stream_search(input, **kwargs)):
                 await _areport(run, step)
                 documents.append(self._document(step))
                 yield documents[-1:]
@@ -333,9 +328,12 @@ def _own_error(error: ValidationError) -> QRAGError:
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, QRAGError):
             return cause
+    details = [detail for detail in error.errors() if detail["type"] != "missing"]
+    if len(details) < error.error_count() or any(detail["loc"] == ("index",) for detail in details):
+        return InvalidInputError(NEEDS)
     lines = [
         f"{'.'.join(map(str, detail['loc']))}: {detail['msg']} (given: {detail['input']!r:.60})"
-        for detail in error.errors()
+        for detail in details
     ]
     known = ", ".join(QRAGRetriever.model_fields)
     return InvalidInputError(

@@ -16,6 +16,7 @@ from llama_index.core.schema import BaseNode, IndexNode, NodeWithScore, QueryBun
 from typing_extensions import Self
 
 from qrag_retriever.adapter import (
+    NEEDS,
     SEARCH_SETTINGS,
     RetrieverAdapter,
     fill_in,
@@ -209,10 +210,7 @@ class QRAGRetriever(LlamaIndexHooks):
                 f"{', '.join([*_DEFAULTS, *ALIASES])}."
             )
         if not isinstance(self.index, Corpus) or not isinstance(self.model, QRAGModel):
-            raise InvalidInputError(
-                "index must be a ChunkIndex and model a QRAGModel; from_documents and "
-                "from_defaults make them for you."
-            )
+            raise InvalidInputError(NEEDS)
         self._check_settings()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> QRAGRetriever:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import errno
 import json
 import re
@@ -127,12 +128,7 @@ def load_embedder(
             model_kwargs={"dtype": torch.float32},
         )
     except _LOAD_ERRORS as error:
-        hint = (
-            ""
-            if Path(name).is_dir()
-            else " Give a folder or a hub name; without access to the hub, install "
-            "'qrag-retriever[offline]' and leave the name out."
-        )
+        hint = "" if Path(name).is_dir() else f" There is no such folder. {_without_hub(name)}"
         raise ModelFormatError(f"The embedder {name!r} cannot be loaded: {error}.{hint}") from error
 
 
@@ -160,7 +156,7 @@ def find(
             hint = f" A save of it was cut short: rename {cut_short[-1]}." if cut_short else ""
             raise ModelFormatError(
                 f"No Q-RAG model at {str(path)!r}: there is no such folder, and the hub gave none "
-                f"({error}).{hint}"
+                f"({error}).{hint or ' ' + _without_hub(str(path))}"
             ) from error
         folder = Path(downloaded)
     if not (folder / CONFIG_FILE).is_file():
@@ -170,6 +166,19 @@ def find(
             "qrag_retriever.reference.load_reference_checkpoint."
         )
     return folder
+
+
+def _without_hub(name: str) -> str:
+    """What can be named without a hub, and which of it may have been meant."""
+    known = [*sorted(folder.name for folder in _PACKAGED.iterdir() if folder.is_dir())]
+    known.append(offline.DEFAULT_ENCODER)
+    short = {one.rpartition("/")[2].lower(): one for one in known}
+    near = difflib.get_close_matches(Path(name).name.lower(), short, 1)
+    meant = f" Did you mean {short[near[0]]!r}?" if near else ""
+    return (
+        f"Without a hub there are {', '.join(known)} (the last with 'qrag-retriever[offline]')."
+        f"{meant}"
+    )
 
 
 def packaged(name: str | Path) -> Path | None:

@@ -183,11 +183,15 @@ class Trajectory:
             InvalidInputError: If the Q-values were not kept, or nothing was retrieved.
             MissingDependencyError: If matplotlib is not installed.
         """
-        if not self.q_values or not self.steps:
+        if not self.steps:
+            raise InvalidInputError(
+                f"Nothing was retrieved (stopped: {self.stopped}), so there is nothing to draw; "
+                "search with another question, or with a lower q_threshold or None."
+            )
+        if not self.q_values:
             raise InvalidInputError(
                 "There are no Q-values to draw; search a ChunkIndex (a vector store does not tell "
-                "Q of every chunk) with keep_q_values=True and a threshold that lets at least one "
-                "step through."
+                "Q of every chunk) with keep_q_values=True."
             )
         try:
             from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ import numpy as np
 from qrag_retriever import compact
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError
-from qrag_retriever.model_files import CONFIG_FILE, replacing
+from qrag_retriever.model_files import CONFIG_FILE, packaged, replacing
 from qrag_retriever.search import SearchOptions
 from qrag_train.card import model_card
 from qrag_train.evaluation import search_samples
@@ -136,6 +136,12 @@ def model_config(folder: str | Path) -> QRAGConfig:
         ModelFormatError: If the folder holds no Q-RAG model.
     """
     file = Path(folder) / CONFIG_FILE
+    if not file.is_file() and packaged(folder) is not None:
+        raise ModelFormatError(
+            f"{folder} comes with the package, whose files stay as they are. Take a copy: "
+            f"QRAGModel.from_pretrained({str(folder)!r}).save_pretrained('mine'); then calibrate "
+            "mine."
+        )
     if not file.is_file():
         raise ModelFormatError(
             f"{folder} is no folder of a Q-RAG model; give one that save_pretrained wrote."

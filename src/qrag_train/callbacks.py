@@ -150,6 +150,11 @@ class BestModel(Callback):
         folder: Where the model is written.
         record: What the model's `training` field says of data and settings.
         by: Which of the two decides; the other one where it is equal.
+
+    Attributes:
+        score: Of the best model so far; ``None`` before the first validation.
+        updates: After how many updates it was.
+        judged_at: Update of the last validation.
     """
 
     def __init__(
@@ -159,6 +164,7 @@ class BestModel(Callback):
         self._record = dict(record or {})
         self._names = sorted(get_args(Criterion), key=lambda name: name != by)
         self.score: tuple[float, ...] | None = None
+        self.updates = 0
         self.judged_at = -1
 
     def on_validation_end(
@@ -174,8 +180,8 @@ class BestModel(Callback):
         }
         score = tuple(figures[f"val/{name}"] for name in self._names)
         self.judged_at = trainer.global_step
-        if self.score is None or score > self.score:
-            self.score = score
+        if self.score is None or score >= self.score:  # of equal ones the one that learned more
+            self.score, self.updates = score, trainer.global_step
             if trainer.is_global_zero:
                 record = {**self._record, "updates": trainer.global_step, "figures": figures}
                 export(pl_module, self._folder, record)  # type: ignore[arg-type]
@@ -187,11 +193,11 @@ class BestModel(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What resuming needs."""
-        return {"score": self.score}
+        return {"score": self.score, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.score = state_dict["score"]
+        self.score, self.updates = state_dict["score"], state_dict.get("updates", 0)
 
 
 def export(module: ValidatedTrainingModule, folder: Path, record: dict[str, Any]) -> None:

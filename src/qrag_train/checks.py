@@ -101,7 +101,7 @@ def check_samples(
         raise ConfigError(
             f"max_steps={budget} chunks are retrieved, but {needs_most} of {name} has {largest} "
             f"support chunks, which no episode could complete; give --model.max_steps {largest} "
-            "or more."
+            "or more, and --model.pqn.max_steps, if you give it, too."
         )
 
 

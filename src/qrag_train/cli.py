@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ TRAINING_COMMANDS = {
     "test": "Judge a run's best model, or --model.encoder, on its test questions.",
 }
 _MADE = 200
+_FEW = 50  # questions below which a threshold is mostly luck
 _DESCRIPTION = "Train and judge Q-RAG models: retrieval in several steps, learned from annotations."
 
 
@@ -76,6 +78,7 @@ def evaluate(
             text = json.dumps({**about, "rows": rows}, indent=2)
             file.write_text(text + "\n", encoding="utf-8")
     print(markdown(rows))
+    print(f"The figures are in {file}.")
 
 
 def calibrate(
@@ -98,7 +101,9 @@ def calibrate(
         source: What kind of file it is.
     """
     from qrag_retriever.model import QRAGModel
+    from qrag_retriever.search import SearchOptions
     from qrag_train import calibration
+    from qrag_train.evaluation import judge, search_samples
 
     _refuse_below_one(k=k)
     model = model_of(model)
@@ -110,12 +115,23 @@ def calibrate(
         raise DatasetError("No file is given; name at least one with validation questions.")
     sets = [part for file in files for part in read_questions(file, seed=seed, **source).values()]
     samples = [sample for part in sets for sample in part]
-    chosen = calibration.calibrate(judged, samples, k=budget, target_em=target_em)
+    if len(samples) < _FEW:
+        warnings.warn(
+            f"{len(samples)} questions choose a threshold badly; give {_FEW} or more, other than "
+            "those you judge on.",
+            stacklevel=2,
+        )
+    beams = search_samples(judged, samples, SearchOptions(budget, runners_up=0))
+    supports = [sample.support for sample in samples]
+    chosen = calibration.choose_threshold(beams, supports, target_em)
+    whole = judge(beams, supports, budget)
     calibration.write_threshold(model, chosen, budget)
     print(
+        f"Without a threshold: Fact-EM {whole['fact_em']:.3f}, Fact-F1 {whole['fact_f1']:.3f}, "
+        f"{whole['steps']:.2f} steps.\n"
         f"q_threshold={chosen.q_threshold:.4f} of at most {budget} steps, on {len(samples)} "
         f"questions: Fact-EM {chosen.fact_em:.3f}, Fact-F1 {chosen.fact_f1:.3f}, "
-        f"{chosen.steps:.2f} steps. Written into {model}."
+        f"{chosen.steps:.2f} steps. Written into {model}. --target_em chooses by the Fact-EM."
     )
 
 
@@ -260,11 +276,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments and arguments[0] in TRAINING_COMMANDS:
             _training(arguments)
         else:
+            _refuse_names_of_fit(arguments)
             _other(arguments)
     except QRAGError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _refuse_names_of_fit(arguments: Sequence[str]) -> None:
+    """Options that ``fit`` alone has would be taken for a part of ``data``."""
+    for argument in arguments:
+        if argument.startswith("--data."):
+            name = argument.partition("=")[0]
+            raise InvalidInputError(f"{name} is an option of fit; here write --{name[7:]}.")
 
 
 def _training(arguments: list[str]) -> None:

@@ -280,10 +280,16 @@ class TrainingCLI(LightningCLI):
         if self.trainer.is_global_zero and (best := self.best.figures):
             self._draw_curves()
             print(
-                f"The best model is in {self.folder.model}: validation return "
-                f"{best['return']:.3f}, Fact-EM {best['fact_em']:.3f}.\n"
+                f"The best model, after update {self.best.updates} of {self.trainer.global_step}, "
+                f"is in {self.folder.model}: validation return {best['return']:.3f}, Fact-EM "
+                f"{best['fact_em']:.3f}.\n"
                 f"Curves, logs and the last checkpoint are in {self.folder.path}."
             )
+            if self.best.updates == 0:
+                print(
+                    "It is the model that the training started from: no validation was better. "
+                    "Train longer, or validate on more or harder questions."
+                )
 
 
 def run(

@@ -108,6 +108,7 @@ def test_from_documents_takes_any_mix(kind):
         ((TEXTS,), {"k": 1, "similarity_top_k": 2}),
         ((TEXTS,), {"embed_model": "other"}),
         ((TEXTS,), {"unknown": 1}),
+        ((TEXTS,), {"embedding": "other"}),
     ],
 )
 def test_from_texts_refuses_what_does_not_fit(kind, arguments, settings):
@@ -143,6 +144,20 @@ def test_embedders_of_other_kinds_as_the_model(kind):
     assert texts == kind.from_texts(TEXTS, model=encoder_folder(), k=2).search(QUERY).chunk_ids
     for embeddings in (QRAGEmbeddings(MODEL), QRAGEmbedding(MODEL)):
         assert kind.from_texts(TEXTS, model=embeddings).model is MODEL
+
+
+@either
+def test_a_constructor_takes_a_model_by_name_and_no_texts(kind, tmp_path):
+    folder = MODEL.save_pretrained(tmp_path / "model")
+    index = ChunkIndex.from_texts(TEXTS, model=MODEL)
+    assert kind(index=index, model=str(folder)).search(QUERY).chunk_ids
+    for settings in ({"index": TEXTS}, {"index": TEXTS, "model": MODEL}, {"model": MODEL}):
+        if "index" not in settings and kind is llama_index.QRAGRetriever:
+            continue  # Python itself refuses
+        with pytest.raises(InvalidInputError, match="from_texts, from_documents"):
+            kind(**settings)
+    with pytest.raises(InvalidInputError, match=r"Give a list of .*; got one Document"):
+        kind.from_documents(Document("a text"), model=MODEL)
 
 
 def test_a_model_that_is_none_is_named():
@@ -501,3 +516,12 @@ def test_what_is_saved_under_a_file_or_a_foreign_folder(tmp_path):
         make().save_local(tmp_path)
     assert [file.name for file in (tmp_path / "index").iterdir()] == ["mine.txt"]
     assert not (tmp_path / "retriever.json").exists()
+    mine = tmp_path / "mine" / "retriever.json"
+    mine.parent.mkdir()
+    mine.write_text('{"breed": "labrador"}')
+    with pytest.raises(InvalidInputError, match=r"retriever\.json was not written by save_local"):
+        make().save_local(mine.parent)
+    with pytest.raises(InvalidInputError, match="is a file; name a folder"):
+        make().save_local(mine)
+    assert [file.name for file in mine.parent.iterdir()] == [mine.name]
+    assert mine.read_text() == '{"breed": "labrador"}'

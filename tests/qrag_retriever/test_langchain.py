@@ -83,13 +83,11 @@ async def test_a_call_equals_a_retriever_with_these_settings():
         )
 
 
-async def test_arguments_of_others_are_ignored():
-    expected = contents(make().invoke(QUERY))
-    for way, documents in (await in_every_way(make(), search_type="mmr", verbose=False)).items():
-        assert contents(documents) == expected, way
-
-
-@pytest.mark.parametrize("overrides", [{"k": 0}, {"k": 2, "similarity_top_k": 3}], ids=repr)
+@pytest.mark.parametrize(
+    "overrides",
+    [{"k": 0}, {"k": 2, "similarity_top_k": 3}, {"fliter": {"tenant": "b"}}, {"verbose": True}],
+    ids=repr,
+)
 async def test_settings_that_cannot_be_are_refused_in_every_way(overrides):
     retriever, recorder = make(), Recorder()
     config = {"callbacks": [recorder]}

@@ -227,7 +227,7 @@ def test_from_defaults_says_what_it_needs(source, message):
         ({"k": 0}, "k=0"),
         ({"k": 2, "similarity_top_k": 3}, "one setting under two names"),
         ({"filter": {"a": 1}, "filters": {"a": 2}}, "one setting under two names"),
-        ({"model": "a/name"}, "QRAGModel"),
+        ({"model": 3}, "QRAGModel"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):

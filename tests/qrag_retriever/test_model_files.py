@@ -157,8 +157,26 @@ def test_no_model_there(tiny_encoder: Path, tmp_path: Path) -> None:
         QRAGModel.from_pretrained("nobody/no-such-model", local_files_only=True)
     with pytest.raises(ModelFormatError, match="cannot be loaded"):
         QRAGModel.from_encoder(tmp_path)
-    with pytest.raises(ModelFormatError, match=r"cannot be loaded.*Give a folder or a hub name"):
+    with pytest.raises(ModelFormatError, match=r"cannot be loaded.*There is no such folder"):
         QRAGModel.from_encoder(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("multihop_en", "'multihop-en'"),
+        ("babylong", "'babilong'"),
+        ("all-MiniLM-L6", "'sentence-transformers/all-MiniLM-L6-v2'"),
+        ("quite/another", None),
+    ],
+)
+def test_a_misspelt_name_is_recognised(name: str, meant: str | None) -> None:
+    for make in (QRAGModel.from_encoder, QRAGModel.from_pretrained):
+        with pytest.raises(ModelFormatError) as caught:
+            make(name)
+        assert "Without a hub there are babilong, multihop-en, " in str(caught.value)
+        assert ("Did you mean" in str(caught.value)) == (meant is not None)
+        assert meant is None or f"Did you mean {meant}?" in str(caught.value)
 
 
 def test_home_folder(

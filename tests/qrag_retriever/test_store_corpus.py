@@ -278,9 +278,10 @@ def test_a_store_that_finds_no_more_than_are_needed(over):
 
 def test_a_store_that_cuts_lists_short_is_no_exhausted_one(over):
     retriever = over(Narrow(CHUNKS, PLAIN.encode_actions(TEXTS)), k=4)
+    retriever.index._store.most = 7
     assert len(retriever.search(QUERY)) == 4
-    retriever.index._store.most = 2
-    with pytest.raises(VectorStoreError, match=r"returned 2 chunks of 4 .* too few"):
+    retriever.index._store.most = 6
+    with pytest.raises(VectorStoreError, match=r"returned 6 chunks of 7 .* too few"):
         retriever.search(QUERY)
     retriever.index._store.most = 0
     with pytest.raises(VectorStoreError, match="returned 0 chunks of 1 "):

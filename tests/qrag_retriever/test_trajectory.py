@@ -209,7 +209,8 @@ def test_signs_that_mean_something_elsewhere_are_drawn_as_they_are(text):
 @pytest.mark.parametrize("kept", [(), q_values([0.5])])
 def test_nothing_to_draw_is_an_error_that_says_what_to_do(kept):
     steps = () if kept else (step(1, 0),)
-    with pytest.raises(InvalidInputError, match="keep_q_values=True"):
+    reason = r"\(stopped: threshold\).*a lower q_threshold" if kept else "keep_q_values=True"
+    with pytest.raises(InvalidInputError, match=reason):
         Trajectory("q", steps, "threshold", 1, kept).plot()
 
 

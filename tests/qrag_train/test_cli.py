@@ -22,6 +22,7 @@ from tiny import fit_options, tiny_model, write_questions
 from qrag_retriever import QRAGModel
 from qrag_retriever.errors import DatasetError, InvalidInputError
 from qrag_train import cli
+from qrag_train.callbacks import BestModel
 from qrag_train.cli import main, read_questions
 from qrag_train.curves import read_curves
 from qrag_train.module import QRAGTrainingModule
@@ -145,7 +146,10 @@ def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed_by_the_folder_alone(
     assert_same_run(run, whole)
     best = QRAGModel.from_pretrained(run / "model").config.training["figures"]
     told = f"return {best['val/return']:.3f}, Fact-EM {best['val/fact_em']:.3f}"
-    assert f"The best model is in {run / 'model'}: validation {told}." in capsys.readouterr().out
+    updates = QRAGModel.from_pretrained(run / "model").config.training["updates"]
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"The best model, after update {updates} of " in said
+    assert f"is in {run / 'model'}: validation {told}." in said
 
 
 def test_a_run_is_resumed_with_its_own_settings_alone(
@@ -577,7 +581,36 @@ def test_calibrate_refuses_what_it_cannot_write_into_before_it_searches(
 ) -> None:
     monkeypatch.setattr(QRAGModel, "from_pretrained", None)  # a model of the package would load
     assert main(["calibrate", "babilong", str(whole.parent / "val.jsonl"), "--k=2"]) == 1
-    assert "babilong is no folder of a Q-RAG model" in capsys.readouterr().err
+    assert "babilong comes with the package, whose files stay" in capsys.readouterr().err
+    assert main(["calibrate", "no/such", str(whole.parent / "val.jsonl"), "--k=2"]) == 1
+    assert "no/such is no folder of a Q-RAG model" in capsys.readouterr().err
+
+
+def test_an_option_of_fit_is_no_part_of_the_data(capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--data.corpus", "c.jsonl"], ["--data.corpus=c.jsonl"]):
+        assert main(["calibrate", "model", "val.jsonl", *option]) == 1
+        assert "--data.corpus is an option of fit; here write --corpus" in capsys.readouterr().err
+
+
+def test_a_training_that_improved_nothing_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # nothing is learned, and nothing is forgotten: of equal models the last one is kept
+    assert main([*fit_options(tmp_path / "a"), "--model.optimizer.lr=1e-30"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"after update (\d+) of \1,", said)
+    assert "that the training started from" not in said
+    judge = BestModel.on_validation_end
+
+    def best_at_first(self: BestModel, trainer: Any, module: Any) -> None:
+        judge(self, trainer, module)
+        self.score = (9.0, 9.0)
+
+    monkeypatch.setattr(BestModel, "on_validation_end", best_at_first)
+    assert main(fit_options(tmp_path / "b")) == 0
+    said = capsys.readouterr().out
+    assert "after update 0 of " in said
+    assert "It is the model that the training started from" in said
 
 
 @pytest.mark.skipif(not FIXTURES.is_dir(), reason="the reference fixtures are not here")
