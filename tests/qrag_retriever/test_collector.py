@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -217,3 +218,48 @@ def test_an_interrupt_while_a_call_is_appointed_leaves_nobody_waiting(encoder, m
     thread, outcome = ask(collector, "2")
     thread.join(LONG)
     assert outcome == [[2.0]]
+
+
+def test_an_interrupt_of_one_who_encodes_for_others_leaves_them_their_turn() -> None:
+    encoder = Encoder()
+    collector = Collector(encoder)
+    first = ask(collector, "0")
+    assert encoder.entered.wait(LONG)
+    others = []
+    for number in (1, 2, 3):
+        others.append(ask(collector, str(number)))
+        wait_until(lambda number=number: len(collector._waiting) == number)
+    whole, calls = encoder.encode_states, []
+
+    def interrupted_once(states: Any) -> np.ndarray:
+        calls.append(len(states))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return whole(states)
+
+    encoder.encode_states = interrupted_once
+    encoder.released.set()
+    for thread, _ in (first, *others):
+        thread.join(LONG)
+    assert calls[0] == 3
+    outcomes = [outcome for _, [outcome] in others]
+    assert first[1] == [[0.0]]
+    assert sum(isinstance(outcome, KeyboardInterrupt) for outcome in outcomes) == 1
+    rest = [n for n, outcome in enumerate(outcomes, 1) if outcome == [float(n)]]
+    assert len(rest) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_process_forked_while_another_thread_encodes_can_search() -> None:
+    encoder = Encoder()
+    thread, _ = ask(collector_of(encoder), "0")
+    assert encoder.entered.wait(LONG)
+    child = os.fork()
+    if child == 0:
+        threading.Timer(LONG, os._exit, [2]).start()
+        encoder.released.set()
+        os._exit(int(collector_of(encoder).encode_states([("7", [])])[0, 0] != 7.0))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    encoder.released.set()
+    thread.join(LONG)

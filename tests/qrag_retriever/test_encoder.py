@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -146,8 +147,22 @@ def test_tokenizing_from_many_threads(encoder: Encoder) -> None:
         flag = job % 2 == 0
         return encoder.tokenize(texts, allow_special=flag) == expected[flag]
 
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(read, range(160)))
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # or the threads would seldom meet
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(read, range(160)))
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_any_weight_that_changes_is_another_version(encoder: Encoder) -> None:
+    versions = [encoder.version]
+    for weight in (*list(encoder.parameters())[:1], *list(encoder.parameters())[-1:]):
+        with torch.no_grad():
+            weight.add_(0.0)
+        versions.append(encoder.version)
+    assert versions[0] < versions[1] < versions[2]
 
 
 def test_copies_are_independent(encoder: Encoder) -> None:

@@ -408,3 +408,17 @@ def test_slices_of_chunks_are_lists(tmp_path: Path) -> None:
         assert chunks[-1].text == "c"
         with pytest.raises(IndexError):
             chunks[3]
+
+
+def test_who_saved_once_does_not_undo_what_others_saved_later(tmp_path: Path) -> None:
+    model, folder = FakeModel(), tmp_path / "index"
+    ChunkIndex.from_texts(["first"], model=model).save(folder)
+    mine = ChunkIndex.load(folder, model=model)
+    mine.add(["mine"])
+    mine.save(folder)
+    theirs = ChunkIndex.load(folder, model=model)
+    theirs.add(["theirs"])
+    theirs.save(folder)
+    mine.add(["mine again"])
+    with pytest.raises(InvalidInputError, match="overwrite=True"):
+        mine.save(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -249,3 +250,23 @@ def test_an_endless_temperature_draws_evenly():
         search = run(3, options, lambda _: np.array([-9, 0, 9], dtype=np.float32))
         counts[search.best.retrieved[0]] += 1
     assert counts.min() > 60
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ({"k": 2, "q_threshold": 0.5}, {0}),
+        ({"k": 3, "chunks_per_step": 3, "q_threshold": 0.25}, {0, 1}),
+        ({"k": 2, "chunks_per_step": 2, "q_threshold": 0.25, "temperature": 1.0}, {0, 1}),
+    ],
+)
+def test_q_equal_to_the_threshold_is_enough(settings: Any, taken: set[int]) -> None:
+    search = Search(3, SearchOptions(**settings))
+    search.advance(np.array([[0.5, 0.25, 0.125]], dtype=np.float32))
+    assert set(search.best.retrieved) == taken
+
+
+def test_the_first_step_begins_as_many_beams_as_asked_for() -> None:
+    search = Search(9, SearchOptions(k=3, beams=5, runners_up=0))
+    search.advance(np.arange(9, dtype=np.float32)[None])
+    assert len(search.states) == 5

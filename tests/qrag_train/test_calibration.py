@@ -12,7 +12,13 @@ from tiny import Colours, tiny_model
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_retriever.errors import InvalidInputError, ModelFormatError
 from qrag_retriever.search import Beam, Pick
-from qrag_train.calibration import Calibration, calibrate, judge_thresholds, write_threshold
+from qrag_train.calibration import (
+    Calibration,
+    calibrate,
+    choose_threshold,
+    judge_thresholds,
+    write_threshold,
+)
 from qrag_train.evaluation import evaluate, search_samples, steps_above
 from qrag_train.metrics import fact_scores
 
@@ -113,3 +119,13 @@ def test_a_model_in_compact_form_loads_after_its_threshold_was_written(
 def test_a_threshold_needs_a_model(tmp_path: Path) -> None:
     with pytest.raises(ModelFormatError, match="no folder of a Q-RAG model"):
         write_threshold(tmp_path, Calibration(0.25, 0.9, 0.8, 2.5), max_steps=5)
+
+
+def test_of_equal_f1_the_fewest_steps_and_a_value_between() -> None:
+    q = (0.75, 0.5, 0.25, 0.125, 0.0, -0.5, -1.0)
+    beam, support = Beam(tuple(Pick(i + 1, i, q[i], ()) for i in range(7))), [0, 6, 97, 98, 99]
+    table = judge_thresholds([beam], [support])
+    assert table.values.tolist() == [0.625, 0.375, 0.1875, 0.0625, -0.25, -0.75, -1.0]
+    # 2·1/(1 + 5) after one step, 2·2/(7 + 5) after seven
+    assert table.fact_f1[0] == pytest.approx(table.fact_f1[6])
+    assert choose_threshold([beam], [support]) == pytest.approx((0.625, 0.0, 1 / 3, 1.0))

@@ -15,6 +15,7 @@ from tiny import Colours, tiny_model
 
 from qrag_retriever.errors import ConfigError
 from qrag_retriever.model import QRAGModel
+from qrag_retriever.rotary import rotate
 from qrag_train import module as training
 from qrag_train.build import AdaptConfig, adapted
 from qrag_train.data.sample import SupportSample
@@ -28,7 +29,7 @@ from qrag_train.module import (
 )
 from qrag_train.returns import lambda_returns
 from qrag_train.rewards import RewardConfig
-from qrag_train.rollout import EpisodeStream, RolloutCollector
+from qrag_train.rollout import EpisodeStream, Rollout, RolloutCollector
 from qrag_train.settings import OptimizerConfig, PQNConfig
 
 FIXTURES = Path(__file__).parents[3] / "shared" / "fixtures" / "reference"
@@ -514,3 +515,68 @@ def named_weights(model: QRAGModel) -> dict[str, torch.nn.Parameter]:
         for name, parameter in getattr(model, encoder).transformer.model.named_parameters()
         if "pooler" not in name
     }
+
+
+def slow_return(rollout: Rollout, step: int, episode: int, gamma: float, lam: float) -> float:
+    """G of one step (METHOD §2), read backwards from the end of its episode or of the rollout."""
+    reward = float(rollout.rewards[step, episode])
+    if rollout.dones[step, episode]:
+        return reward
+    value = float(rollout.next_values[step, episode])
+    last = step == len(rollout.rewards) - 1
+    rest = value if last else slow_return(rollout, step + 1, episode, gamma, lam)
+    return reward + gamma * ((1 - lam) * value + lam * rest)
+
+
+def test_the_loss_is_the_mean_over_transitions_and_critics(folder: Path) -> None:
+    module = module_of(folder, "relative", gamma=0.7, lambda_=0.3, environments=3, rollout_steps=5)
+    stream = EpisodeStream(Colours(5, support=2), (0, 0))
+    collector = RolloutCollector(module.model, module.target, stream, module.pqn, seed=0)
+    rollout = collector.collect(0.5)
+    steps, episodes = rollout.rewards.shape
+    assert rollout.dones.any()
+    assert not rollout.dones.all()
+    losses = []
+    with torch.no_grad():
+        for step in range(steps):
+            for episode in range(episodes):
+                row = step * episodes + episode
+                state = module.model.state_encoder([rollout.state_ids[row]])[0]
+                action = module.model.action_encoder([rollout.action_ids[row]])[0]
+                # the chunk is turned here and the state in training
+                product = state * rotate(action, rollout.positions[step, episode])
+                target = slow_return(rollout, step, episode, gamma=0.7, lam=0.3)
+                losses += [(2 * float(half.sum()) - target) ** 2 for half in product.chunk(2)]
+    assert float(module.loss(rollout)) == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_the_optimizers_settings_reach_it(folder: Path) -> None:
+    config = OptimizerConfig(
+        lr=1e-3, betas=(0.7, 0.8), eps=1e-4, weight_decay=0.3, warmup_updates=1
+    )
+    module = QRAGTrainingModule(tiny_model(folder, "none"), PQNConfig(), config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QRAGTrainingModule, "_total_updates", 5)
+        groups = module.configure_optimizers()["optimizer"].param_groups
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.7, 0.8), 1e-4)}
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_so_many_questions_make_a_detour(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    given: list[int | None] = []
+
+    def loss(model: QRAGModel, *arguments: Any) -> torch.Tensor:
+        given.extend(arguments[-1])
+        return next(model.parameters()).sum() * 0
+
+    monkeypatch.setattr(training, "imitation_loss", loss)
+    settings = {"imitation_updates": 40, "imitation_detours": share, "environments": 8}
+    module = module_of(folder, **settings)
+    loader = RolloutLoader(Colours(), updates=40, seed=0)
+    trainer_of(40, folder).fit(module, loader)
+    detours = sum(detour is not None for detour in given) / len(given)
+    assert len(given) == 320
+    assert detours == share if share in (0, 1) else abs(detours - share) < 0.1

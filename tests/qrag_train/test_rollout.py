@@ -12,6 +12,7 @@ from tiny import Colours, tiny_model
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.rotary import rotate
 from qrag_retriever.state import in_state_order
+from qrag_train import rollout as rollout_module
 from qrag_train.data.mixture import Mixture
 from qrag_train.data.sample import FixedSamples, SampleList, SampleSource, SupportSample
 from qrag_train.rewards import RewardConfig
@@ -312,3 +313,100 @@ def test_rewards_follow_the_settings(model: QRAGModel) -> None:
     first, second, third = rollout.rewards
     assert found == pytest.approx((first + gamma * second + gamma**2 * third).tolist())
     assert any(found)
+
+
+def test_states_have_the_query_prompt(folder: Path) -> None:
+    prompted = tiny_model(folder, "relative", query_prompt="where is ")
+    states = [("the cup", ["the red cup fell"]), ("the hat", [])]
+    assert TextTable(prompted).state_ids(states) == prompted.state_ids(states)
+
+
+def test_what_is_said_of_finished_episodes(model: QRAGModel) -> None:
+    reward = RewardConfig(per_fact=0.25)
+    collector = collector_of(
+        model,
+        model,
+        Colours(6, support=2),
+        random_transitions=10**6,
+        gamma=0.5,
+        reward=reward,
+        rollout_steps=10,
+        max_steps=4,  # not the model's
+    )
+    finished: list[tuple[float, float, float]] = []
+    rewards: list[list[float]] = [[] for _ in range(4)]
+    for turn in range(3):
+        if turn == 2:  # as a resumed training does
+            state = collector.state_dict()
+            collector = collector_of(
+                model,
+                model,
+                Colours(6, support=2),
+                random_transitions=10**6,
+                gamma=0.5,
+                reward=reward,
+                rollout_steps=10,
+                max_steps=4,
+            )
+            collector.load_state_dict(state)
+        rollout = collector.collect(1.0)
+        for step in range(10):
+            for episode, own in enumerate(rewards):
+                own.append(float(rollout.rewards[step, episode]))
+                if rollout.dones[step, episode]:
+                    whole = own[-1] >= 1.0
+                    facts = sum(r % 1.0 == 0.25 for r in own)  # each gives a quarter
+                    f1 = 2 * facts / (len(own) + 2)
+                    total = sum(r * 0.5**t for t, r in enumerate(own))
+                    finished.append((total, float(whole), f1))
+                    assert whole or len(own) == 4
+                    own.clear()
+        told = [(e.discounted_return, e.fact_em, e.fact_f1) for e in rollout.finished]
+        assert told == [pytest.approx(one) for one in finished]
+        finished.clear()
+
+
+def test_a_table_of_texts_that_starts_anew_changes_nothing(
+    model: QRAGModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for most in (300_000, 5):
+        monkeypatch.setattr(rollout_module, "_MOST_TEXTS", most)
+        collector = collector_of(model, model, rollout_steps=2)
+        found.append([collector.collect(0.3) for _ in range(5)])
+    for one, other in zip(*found, strict=True):
+        assert one.action_ids == other.action_ids
+        torch.testing.assert_close(one.next_values, other.next_values)
+
+
+def test_what_was_chosen_or_supports_is_embedded_at_every_update(model: QRAGModel) -> None:
+    reward = RewardConfig(stop_on_success=False)
+    collector = collector_of(
+        model,
+        model,
+        Colours(6, support=2),
+        environments=2,
+        random_transitions=10**6,
+        rollout_steps=1,
+        refresh_every=9,
+        reward=reward,
+    )
+    collector.collect(0.3, update=0)
+    held = [
+        (chunks, sample, retrieved)
+        for chunks, sample, retrieved in zip(
+            collector._chunks,
+            collector.environment.samples,
+            collector.environment.retrieved(),
+            strict=True,
+        )
+    ]
+    wanted = {int(chunks[i]) for chunks, s, own in held for i in (*s.support, own[-1])}
+    with torch.no_grad():
+        next(model.action_encoder.parameters()).mul_(1.5)
+    collector.collect(0.3, update=1)
+    every = sorted({int(number) for chunks, _, _ in held for number in chunks})
+    vectors = collector.embeddings.vectors[0][collector.embeddings._row[every]].numpy()
+    now = model.encode_actions(collector.table.texts(every))
+    near = np.isclose(vectors, now, atol=1e-6).all(axis=1)
+    assert {number for number, fresh in zip(every, near, strict=True) if fresh} == wanted
