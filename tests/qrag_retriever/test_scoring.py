@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 from qrag_retriever import scoring
 from qrag_retriever.errors import ConfigError, InvalidInputError
 from qrag_retriever.positions import PositionScheme
+from qrag_retriever.quantized import QuantizedRows
+from qrag_retriever.rotary import rotate
 from qrag_retriever.scoring import q_at, score
 
 FIXTURES = Path(__file__).parents[3] / "shared/fixtures/reference/relative"
@@ -121,6 +123,23 @@ def test_larger_corpora(scheme, n, k, count):
     q = score(torch.from_numpy(states), torch.from_numpy(actions), retrieved, scheme)
     expected = oracle(states, actions, retrieved, scheme)
     assert_close(q, states, actions, expected, tolerance=2e-6)
+
+
+@pytest.mark.parametrize("k", [0, 9])
+def test_the_error_where_all_components_turn_at_the_highest_frequency(k):
+    random = np.random.default_rng(k)
+    n, states = 40_000, random.normal(size=(1, 4)).astype(np.float32)
+    # the state itself, turned: errors of interpolation in both halves add up
+    turned = rotate(torch.from_numpy(states), torch.from_numpy(random.uniform(0, 9, n)))
+    retrieved = [random.permutation(n)[:k].tolist()]
+    exact = oracle(states, turned.numpy(), retrieved, CONTINUOUS)
+    q = score(torch.from_numpy(states), turned, retrieved, CONTINUOUS)
+    assert_close(q, states, turned.numpy(), exact, tolerance=1.1e-6)
+    scales = turned.abs().amax(dim=1) / 127
+    rows = QuantizedRows((turned / scales[:, None]).round().to(torch.int8), scales)
+    exact = oracle(states, rows.float().numpy(), retrieved, CONTINUOUS)
+    q = score(torch.from_numpy(states), rows, retrieved, CONTINUOUS)
+    assert_close(q, states, turned.numpy(), exact, tolerance=6e-5)
 
 
 @pytest.mark.skipif(not FIXTURES.exists(), reason="the released code's outputs are not here")

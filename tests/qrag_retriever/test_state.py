@@ -94,6 +94,11 @@ def test_shorten_evenly_leaves_the_shortest_part_longest(lengths: list[int], spa
     assert sorted(shorten_evenly(lengths, budget)) == sorted(slow)
 
 
+def test_of_equally_long_parts_the_first_keeps_one_more() -> None:
+    assert shorten_evenly([5, 5, 5], 13) == [5, 4, 4]
+    assert shorten_evenly([1, 6, 9, 6], 14) == [1, 4, 5, 4]
+
+
 def test_without_special_tokens() -> None:
     layout = StateLayout((), (7,), separator=8, window=10)
     assert layout.build([1, 2], [[3], [4, 5]]) == ([1, 2, 8, 3, 8, 4, 5, 7], False)
