@@ -322,32 +322,16 @@ def test_states_have_the_query_prompt(folder: Path) -> None:
 
 
 def test_what_is_said_of_finished_episodes(model: QRAGModel) -> None:
-    reward = RewardConfig(per_fact=0.25)
-    collector = collector_of(
-        model,
-        model,
-        Colours(6, support=2),
-        random_transitions=10**6,
-        gamma=0.5,
-        reward=reward,
-        rollout_steps=10,
-        max_steps=4,  # not the model's
-    )
+    source, settings = Colours(6, support=2), {"rollout_steps": 10, "random_transitions": 10**6}
+    settings |= {"gamma": 0.5, "reward": RewardConfig(per_fact=0.25), "max_steps": 4}
+    assert model.config.max_steps != 4
+    collector = collector_of(model, model, source, **settings)
     finished: list[tuple[float, float, float]] = []
     rewards: list[list[float]] = [[] for _ in range(4)]
     for turn in range(3):
         if turn == 2:  # as a resumed training does
             state = collector.state_dict()
-            collector = collector_of(
-                model,
-                model,
-                Colours(6, support=2),
-                random_transitions=10**6,
-                gamma=0.5,
-                reward=reward,
-                rollout_steps=10,
-                max_steps=4,
-            )
+            collector = collector_of(model, model, source, **settings)
             collector.load_state_dict(state)
         rollout = collector.collect(1.0)
         for step in range(10):
