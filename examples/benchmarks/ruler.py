@@ -70,7 +70,8 @@ def main() -> None:
                 data = f"{task}, {figures.short(tokens)}"
                 results.measure(method, samples, len(samples), data=data, task=task, tokens=tokens)
     results.rows += averages(results.rows)
-    given = [options.words, options.squad, options.hotpotqa, *options.background.glob("*.txt")]
+    books = sorted(options.background.glob("*.txt"))
+    given = [options.words, options.squad, options.hotpotqa, *books]
     figures.over_length(lines(results.rows), options.json)  # a reader may fail
     results.write([*models, before], [file for file in given if file])
 

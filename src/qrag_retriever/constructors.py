@@ -23,7 +23,8 @@ def resolve_aliases(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Replace the other framework's names by ours (``similarity_top_k`` is ``k``).
 
     Raises:
-        InvalidInputError: If both names are given with different values.
+        InvalidInputError: If both names are given with different values, or ``embedding``, which
+            LangChain's stores have and a retriever does not.
     """
     result = dict(settings)
     if "embedding" in result:

@@ -75,8 +75,9 @@ def evaluate(
     for name, samples in read_questions(data, seed=seed, **source).items():
         for row in reports(judged, samples, k, q_threshold, beams, baselines=baselines):
             rows.append({"data": name, "questions": len(samples), **row})
-            text = json.dumps({**about, "rows": rows}, indent=2)
-            file.write_text(text + "\n", encoding="utf-8")
+            new = file.with_name(f".{file.name}.new")
+            new.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+            new.replace(file)
     print(markdown(rows))
     print(f"The figures are in {file}.")
 
@@ -172,7 +173,10 @@ def _writable(name: str) -> Path:
         raise InvalidInputError(f"{file} is a folder; name a file in it.")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        new = not file.exists()
         file.open("a").close()
+        if new:
+            file.unlink()
     except OSError as error:
         raise InvalidInputError(f"No file can be made at {file}: {error}; name another.") from error
     return file

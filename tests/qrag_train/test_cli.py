@@ -476,6 +476,16 @@ def test_evaluate_refuses_what_cannot_be_before_any_work(
     assert message in capsys.readouterr().err
 
 
+def test_an_evaluation_that_fails_leaves_the_last_ones_figures(tmp_path: Path) -> None:
+    model = str(tiny_model(tmp_path / "encoder", "none").save_pretrained(tmp_path / "model"))
+    before, new = tmp_path / "before.json", tmp_path / "new.json"
+    before.write_text("{}")
+    for output in (before, new):
+        assert main(["evaluate", model, "no-such-file", f"--output={output}"]) == 1
+    assert before.read_text() == "{}"
+    assert not new.exists()
+
+
 def test_documents_to_judge_on_are_not_those_the_threshold_was_chosen_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,9 +89,9 @@ class Store(ABC):
         except QRAGError:
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
             raise InvalidInputError(
-                f"{self.kind} does not understand the filter {filter!r}: {reason}."
+                f"{self.kind} does not understand the filter {filter!r}: {_reason(error)}. Write "
+                "it in the store's own language."
             ) from error
 
     def search(self, requests: Sequence[Request]) -> list[list[Hit]]:
@@ -177,12 +177,15 @@ class Store(ABC):
         except QRAGError:
             raise
         except Exception as error:
-            reason = str(error) or type(error).__name__
             raise VectorStoreError(
-                f"{self.kind} {failed}: {reason}. See that it is reachable, that the collection is "
-                f"there and that this model filled it{self._filter_hint()}."
+                f"{self.kind} {failed}: {_reason(error)}. See that it is reachable, that the "
+                f"collection is there and that this model filled it{self._filter_hint()}."
             ) from error
 
     def _filter_hint(self) -> str:
         """What else to look at, where there are filters."""
         return ""
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
