@@ -110,6 +110,28 @@ def test_a_thinned_background_keeps_runs_and_spreads(count: int) -> None:
         assert np.mean(np.diff(numbers) == 1) >= 0.94
 
 
+def test_sentences_of_books_may_name_people_of_the_stories(tmp_path: Path) -> None:
+    book = ["He went back to the stable.", "Here she sat all day.", "She took the old lamp."]
+    (tmp_path / "book.txt").write_text("\n\n".join(book * 8))
+    settings: dict[str, Any] = {"background": str(tmp_path), "sentences": (60, 60)}
+    plain, peopled = (
+        SourceConfig("simulated:1", "babilong", background_people=people, **settings)
+        .open()
+        .sample(np.random.default_rng(0))
+        for people in (False, True)
+    )
+    assert (plain.question, plain.support) == (peopled.question, peopled.support)
+    named = set()
+    for before, after in zip(plain.chunks, peopled.chunks, strict=True):
+        pronoun, rest = before.split(" ", 1)
+        if pronoun in ("He", "She"):
+            assert after.split(" ", 1)[1] == rest
+            named.add(after.split(" ", 1)[0])
+        else:
+            assert after == before
+    assert named == {"Daniel", "John", "Mary", "Sandra"}
+
+
 def test_stories_may_be_made_up(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("It rained all day long. The sea was grey and cold.\n" * 20)
     config = SourceConfig("simulated:2", "babilong", background=str(tmp_path), sentences=(60, 60))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,7 @@ from qrag_train.data.linked import LinkedPassages, read_passages
 from qrag_train.data.musique import read_musique
 from qrag_train.data.ruler import Ruler, read_words
 from qrag_train.data.sample import SampleList, SampleSource, SupportSample
-from qrag_train.data.simulator import OBJECTS, PLACES, BabiSimulator
+from qrag_train.data.simulator import OBJECTS, PEOPLE, PLACES, BabiSimulator
 from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki
 
@@ -33,6 +35,7 @@ _READERS = {
     "2wiki": read_twowiki,
     "squad": read_squad,
 }
+_HE = re.compile(r"^(?:He|She)\b")
 _SIMULATED = "simulated:"
 _RULER = "ruler:"
 _NEEDED = (("corpus", "corpus"), ("babilong", "background"), ("ruler", "background"))
@@ -54,6 +57,9 @@ class SourceConfig:
         background: For ``babilong`` and ``ruler``: a folder of books as plain text.
         background_sentences: For these two: take that many sentences of the books, evenly
             spread, so that they recur and `refresh_every` saves time; ``None``: all.
+        background_people: For ``babilong``: let sentences of the books that begin with "He" or
+            "She" name a person of the stories instead, as some sentences of unseen books will;
+            to train on, for they read like facts.
         sentences: For ``babilong``: least and greatest number of chunks of a document.
         moves: For ``simulated``: how much more often people move than in bAbI's files, which
             makes the ways longer that a question asks for.
@@ -75,6 +81,7 @@ class SourceConfig:
     corpus: str | None = None
     background: str | None = None
     background_sentences: int | None = None
+    background_people: bool = False
     sentences: tuple[int, int] = (60, 90)
     moves: int = 1
     places: int = len(PLACES)
@@ -116,7 +123,9 @@ class SourceConfig:
         if self.format == "corpus":
             return read_corpus_jsonl(str(self.corpus), self.file)[: self.limit]
         if self.format in ("babilong", "ruler"):
-            background = books(Path(str(self.background)), self.background_sentences)
+            background = books(
+                Path(str(self.background)), self.background_sentences, self.background_people
+            )
             if self.format == "ruler":
                 return self._ruler(background)
             told = stories(self.file, self.moves, self.places, self.things)
@@ -141,24 +150,28 @@ class SourceConfig:
         return Ruler(task, self.tokens, background, words=words, questions=questions)
 
 
-def books(folder: Path, sentences: int | None = None) -> BackgroundText:
+def books(folder: Path, sentences: int | None = None, people: bool = False) -> BackgroundText:
     """The background that a folder holds, read once for all sources that share it.
 
     Args:
         folder: The books.
         sentences: Take so many, evenly spread; ``None``: all.
+        people: Name people of bAbI's stories where sentences begin with "He" or "She".
 
     Raises:
         DatasetError: As `BackgroundText.from_folder`.
     """
     files = sorted(folder.glob("*.txt"))
     state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _books(folder, state, sentences)
+    return _books(folder, state, sentences, people)
 
 
 @functools.lru_cache(maxsize=8)
-def _books(folder: Path, state: tuple[object, ...], sentences: int | None) -> BackgroundText:
-    del state  # a changed book is read anew
+def _books(
+    folder: Path, state: tuple[object, ...], sentences: int | None, people: bool
+) -> BackgroundText:
+    if people:
+        return peopled(_books(folder, state, sentences, False))
     background = BackgroundText.from_folder(folder)
     return background if sentences is None else thinned(background, sentences)
 
@@ -201,3 +214,16 @@ def thinned(background: BackgroundText, count: int) -> BackgroundText:
     starts = [(len(sentences) - run) * i // max(runs - 1, 1) for i in range(runs)]
     kept = [sentence for start in starts for sentence in sentences[start : start + run]]
     return BackgroundText(kept[:count])
+
+
+def peopled(background: BackgroundText) -> BackgroundText:
+    """A background whose sentences that begin with "He" or "She" name people of bAbI's stories.
+
+    Example:
+        >>> peopled(BackgroundText(["He left.", "It rained.", "She ran."])).sentences
+        ('Daniel left.', 'It rained.', 'John ran.')
+    """
+    names = itertools.cycle(PEOPLE)
+    return BackgroundText(
+        [_HE.sub(lambda _: next(names), sentence) for sentence in background.sentences]
+    )
