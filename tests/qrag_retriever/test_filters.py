@@ -221,6 +221,7 @@ CORPUS: list[dict[str, Any]] = [
         # one part that certainly fails settles it, whatever a missing key might have been
         ({"$not": {"tenant": "a", "year": 1999}}, {1, 2, 3, 4}),
         ({"year": {"$not": {"$gt": 2000}}}, {0, 1}),
+        ({"tenant": {"$not": {"$gt": "a"}}}, {0, 2, 4}),  # no order holds for None
         ({"tenant": "a", "$or": [{"year": 1999}, {"tags": {"$contains": "z"}}]}, {0}),
         ({"$not": {"$or": [{"tenant": "b"}, {"year": 1999}]}}, {2}),
         (lambda chunk: chunk.metadata.get("year", 0) > 2000, {2, 3}),

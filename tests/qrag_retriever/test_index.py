@@ -258,6 +258,20 @@ def test_snapshots_stay_whole_while_another_thread_changes_the_index() -> None:
     assert problems == []
 
 
+def test_two_threads_adding_and_deleting_lose_nothing() -> None:
+    index = ChunkIndex.from_texts([f"old {n}" for n in range(100)], model=FakeModel())
+    ids = [chunk.id for chunk in index.snapshot().chunks]
+    threads = [
+        threading.Thread(target=lambda: [index.add([f"new {n}"]) for n in range(100)]),
+        threading.Thread(target=lambda: [index.delete([id_]) for id_ in ids]),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [chunk.text for chunk in index.snapshot().chunks] == [f"new {n}" for n in range(100)]
+
+
 def test_two_threads_adding_lose_nothing() -> None:
     index = ChunkIndex(FakeModel())
     threads = [

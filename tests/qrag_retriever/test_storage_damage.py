@@ -49,6 +49,18 @@ def test_damaged_files_are_found(folder: Path, kind: str, damage: str) -> None:
         ChunkIndex.load(folder, model=FakeModel(), verify=damage == "flipped")
 
 
+@pytest.mark.parametrize("kind", ["chunks", "embeddings", "scales", "ann"])
+def test_verifying_reads_every_file(tmp_path: Path, kind: str) -> None:
+    texts = [f"{n} apples" for n in range(40)]
+    ChunkIndex.from_texts(texts, model=FakeModel(), ann="hnsw", dtype="int8").save(tmp_path)
+    path = file_of(tmp_path, kind)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IndexFormatError, match=rf"{path.name} does not match its checksum"):
+        ChunkIndex.load(tmp_path, model=FakeModel(), verify=True)
+
+
 @pytest.mark.parametrize(
     ("column", "value"),
     [

@@ -60,6 +60,30 @@ def test_a_sample_leads_along_links_without_naming_where_to() -> None:
     assert lengths == {2, 3}
 
 
+def test_what_shares_the_questions_rarest_words_is_among_the_candidates() -> None:
+    """A question on the captain's harbour meets the other passages that name the captain's ship."""
+    harbours = [
+        Passage(f"Harbour of Xanthe{i}", f"Ships called at wharf{i} and paid toll{i} in gold{i}.")
+        for i in range(40)
+    ]
+    captains = [
+        Passage(
+            f"Captain {i}", f"From pier{i} with crew{i} he sailed to Harbour of Xanthe{i} often."
+        )
+        for i in range(40)
+    ]
+    twins = [
+        Passage(f"Twin {i}", f"A pier{i} and a crew{i}; a wharf{i} with toll{i} of gold{i}.")
+        for i in range(40)
+    ]
+    source = LinkedPassages([*harbours, *captains, *twins], candidates=4)
+    for seed in range(40):
+        sample = source.sample(np.random.default_rng(seed))
+        number = sample.id.split("-")[0]  # a captain's place among the passages
+        twin = twins[int(number) - 40]
+        assert any(chunk.startswith(f"{twin.title}.") for chunk in sample.chunks)
+
+
 def test_what_is_made_up_has_no_size_for_its_share_of_a_mixture() -> None:
     with pytest.raises(DatasetError, match="LinkedPassages without end"):
         Mixture([LinkedPassages(PASSAGES)])
