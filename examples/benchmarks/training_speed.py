@@ -137,6 +137,9 @@ def shares(profile: cProfile.Profile) -> dict[str, float]:
     """How much of the time each phase took."""
     stats: dict[Any, Any] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     total = sum(row[2] for row in stats.values())
+    ran = {(Path(path).name, function) for path, _, function in stats}
+    if renamed := [phase for phase, place in PHASES.items() if place[:2] not in ran]:
+        raise SystemExit(f"No function ran for {renamed}; correct their names in PHASES.")
     found = {phase: seconds_in(stats, *place) for phase, place in PHASES.items()}
     parts = {phase: round(seconds / total, 3) for phase, seconds in found.items()}
     return {**parts, "the rest": round(1 - sum(parts.values()), 3)}
