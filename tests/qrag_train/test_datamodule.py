@@ -58,6 +58,8 @@ def test_what_a_source_cannot_have(files: list[str]) -> None:
         SourceConfig(files[0], corpus="corpus.jsonl")
     with pytest.raises(DatasetError, match=r"limit=5 .* have no end"):
         SourceConfig(files[0], "linked", limit=5)
+    with pytest.raises(DatasetError, match=r"background_people belongs .* leave it out"):
+        SourceConfig("ruler:niah_single_1", "ruler", background="books", background_people=True)
 
 
 def test_sources_are_mixed_by_weight(files: list[str]) -> None:

@@ -61,7 +61,7 @@ def test_a_sample_leads_along_links_without_naming_where_to() -> None:
 
 
 def test_what_shares_the_questions_rarest_words_is_among_the_candidates() -> None:
-    """A question on the captain's harbour meets the other passages that name the captain's ship."""
+    """A question on a captain meets the passage that has his pier, crew, wharf, toll and gold."""
     harbours = [
         Passage(f"Harbour of Xanthe{i}", f"Ships called at wharf{i} and paid toll{i} in gold{i}.")
         for i in range(40)

@@ -73,7 +73,8 @@ class SourceConfig:
         limit: Take only so many questions, the first of the file; ``None``: all.
 
     Raises:
-        DatasetError: If a setting that the format needs is missing, or ``limit`` is not positive.
+        DatasetError: If a setting that the format needs is missing or one is given that another
+            format has, or ``limit`` is not positive.
     """
 
     file: str
@@ -102,6 +103,11 @@ class SourceConfig:
             raise DatasetError(
                 f"Questions of the format {self.format!r} have no corpus; give {self.file} "
                 "format='corpus', or leave corpus out."
+            )
+        if self.background_people and self.format != "babilong":
+            raise DatasetError(
+                "background_people belongs to the format 'babilong'; leave it out beside "
+                f"{self.file}, whose format is {self.format!r}."
             )
         endless = self.format in ("linked", "ruler") or self.file.startswith(_SIMULATED)
         if self.limit is not None and endless:
