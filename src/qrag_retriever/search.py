@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 StopReason = Literal["budget", "threshold", "exhausted"]
 
+# The soft policy by which beams are ranked: its temperature α, in units of reward, and how many of
+# the best actions it chooses among, as in training.
+_ALPHA = 0.1
+_TOP_ACTIONS = 5
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
@@ -30,7 +35,8 @@ class SearchOptions:
     Attributes:
         k: Retrieval budget T, the number of chunks.
         q_threshold: Stop at the first step whose best Q lies below it (paper App. B).
-        beams: Trajectories followed at once (paper App. C); 1: greedy.
+        beams: Trajectories followed at once (paper App. C), the most probable under the soft
+            policy (eq. 3); 1: greedy.
         temperature: Draw each chunk from softmax(Q / temperature) (eq. 3) instead of the best.
         seed: Seed of those draws.
         chunks_per_step: Chunks taken from one state; more save encoder passes for a large ``k``.
@@ -75,7 +81,12 @@ class SearchOptions:
     @property
     def breadth(self) -> int:
         """How many of the best chunks a step may have to look at."""
-        return self.chunks_per_step + max(self.beams, self.runners_up)
+        return self.chunks_per_step + max(self.rivals, self.runners_up)
+
+    @property
+    def rivals(self) -> int:
+        """How many of the best chunks the soft policy, which ranks beams, chooses among."""
+        return max(self.beams, _TOP_ACTIONS) if self.beams > 1 else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,11 +107,14 @@ class Beam:
         picks: What was taken, in order.
         stopped: Why it ended; ``None`` while it goes on.
         q_values: Q of all candidates at each step, where they are kept.
+        log_probability: That the soft policy (eq. 3) takes it; 0 where it has no rivals, with one
+            beam.
     """
 
     picks: tuple[Pick, ...] = ()
     stopped: StopReason | None = None
     q_values: tuple[NDArray[np.float32], ...] = ()
+    log_probability: float = 0.0
 
     @property
     def retrieved(self) -> tuple[int, ...]:
@@ -109,14 +123,13 @@ class Beam:
 
     @property
     def score(self) -> float:
-        """Mean Q along the trajectory.
+        """Mean log-probability of its steps: what `Search` ranks beams by.
 
-        Each Q estimates the same thing, the trajectory's return, from another step; their mean
-        also compares trajectories that stopped early with longer ones.
+        Q itself is no score: it is high as long as support is missing, and so ranks those
+        trajectories first that have not found it. The mean compares those that stopped early with
+        longer ones.
         """
-        if not self.picks:
-            return -math.inf
-        return sum(pick.q_value for pick in self.picks) / len(self.picks)
+        return self.log_probability / len(self.picks) if self.picks else -math.inf
 
 
 class Search:
@@ -199,7 +212,7 @@ class Search:
         q[list(beam.retrieved)] = -np.inf
         left = self._available - len(beam.picks)
         take = min(options.chunks_per_step, options.k - len(beam.picks), left)
-        wanted = min(take + max(options.beams - 1, options.runners_up), left)
+        wanted = min(take + max(options.rivals - 1, options.runners_up), left)
         ranked = best_actions(q, wanted)
         if not ranked:
             return [dataclasses.replace(beam, stopped="exhausted")]
@@ -241,7 +254,12 @@ class Search:
         elif count >= self._available:
             stopped = "exhausted"
         kept = (*beam.q_values, q) if self._keep else ()
-        return Beam((*beam.picks, *picks), stopped, kept)
+        log_probability = beam.log_probability
+        if self.options.beams > 1:  # one chunk after the other, each among those that are left
+            for place, index in enumerate(taken):
+                rivals = ranked[place : place + self.options.rivals]
+                log_probability += _log_policy(q, index, rivals)
+        return Beam((*beam.picks, *picks), stopped, kept, log_probability)
 
 
 def best_actions(q_values: NDArray[np.floating[Any]], count: int) -> list[int]:
@@ -272,6 +290,14 @@ def best_actions(q_values: NDArray[np.floating[Any]], count: int) -> list[int]:
         best.append(index)
         q_values[index] = -np.inf
     return best
+
+
+def _log_policy(q_values: NDArray[np.float32], action: int, rivals: Sequence[int]) -> float:
+    """``log π(action)`` of the soft policy among ``rivals`` (eq. 3), of which ``action`` is one."""
+    scaled = q_values[list(rivals)].astype(np.float64) / _ALPHA
+    best = scaled.max()
+    log_sum = best + np.log(np.exp(scaled - best).sum())
+    return float(q_values[action] / _ALPHA - log_sum)
 
 
 def _is_number(value: object) -> bool:

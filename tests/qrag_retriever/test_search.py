@@ -75,16 +75,41 @@ def test_a_wide_beam_finds_the_best_of_all_trajectories(seed, n, k, by_set):
     q_values = q_table(seed, n, by_set=by_set)
     k = min(k, n)
 
-    def mean_q(order: tuple[int, ...]) -> float:
-        return sum(float(q_values(order[:t])[order[t]]) for t in range(k)) / k
+    def mean_log_policy(order: tuple[int, ...]) -> float:
+        total = 0.0
+        for t, action in enumerate(order):
+            q = q_values(order[:t])
+            free = [float(q[i]) / 0.1 for i in range(n) if i not in order[:t]]
+            total += float(q[action]) / 0.1 - float(np.logaddexp.reduce(free))
+        return total / k
 
-    best = max(map(mean_q, itertools.permutations(range(n), k)))
+    best = max(map(mean_log_policy, itertools.permutations(range(n), k)))
     search = run(n, SearchOptions(k=k, beams=200), q_values)
     if by_set:  # orders of one set share their future, so merging them loses nothing
         assert search.best.score == pytest.approx(best, abs=1e-5)
     else:
         assert search.best.score <= best + 1e-5
-    assert mean_q(search.best.retrieved) == pytest.approx(search.best.score, abs=1e-5)
+    assert mean_log_policy(search.best.retrieved) == pytest.approx(search.best.score, abs=1e-5)
+
+
+def test_beams_do_not_follow_q_that_stays_high_because_nothing_was_found():
+    table = {(): [0.6, 0.5, 0.1], (0,): [0, 0.1, 0.05], (1,): [0.5, 0, 0.55], (2,): [0, 0, 0]}
+    search = run(3, SearchOptions(k=2, beams=3), lambda state: np.array(table[state], np.float32))
+    assert search.best.retrieved == (0, 1)  # by mean Q: (1, 2)
+
+
+def test_the_policy_chooses_among_the_five_best():
+    q = np.array([0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1], dtype=np.float32)
+    best = run(7, SearchOptions(k=1, beams=2), lambda _: q).best
+    assert best.score == pytest.approx(5 - math.log(sum(map(math.exp, [5, 4, 3, 2, 1]))), abs=1e-5)
+
+
+def test_several_chunks_at_once_are_as_probable_as_one_after_the_other():
+    q = np.array([0.5, 0.4, 0.3, 0.2], dtype=np.float32)
+    at_once = run(4, SearchOptions(k=3, beams=2, chunks_per_step=3), lambda _: q)
+    in_turn = run(4, SearchOptions(k=3, beams=2), lambda _: q)
+    assert at_once.best.retrieved == in_turn.best.retrieved == (0, 1, 2)
+    assert at_once.best.score == pytest.approx(in_turn.best.score, abs=1e-6)
 
 
 @given(seed=st.integers(0, 999), beams=st.integers(1, 4), n=st.integers(1, 7))
