@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from qrag_retriever.constructors import ALIASES, Constructors, resolve_aliases
 from qrag_retriever.corpus import AllOf, Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
+from qrag_retriever.files import whole_file
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.model_choice import resolve_model
@@ -233,9 +233,8 @@ class RetrieverAdapter(Constructors):
         write_model = include_model and not there and isinstance(self.index, ChunkIndex)
         with self.model.saving(target) if write_model else contextlib.nullcontext():
             self.index.save(folder / "index")
-        new = folder / f".{_SETTINGS_FILE}.new"
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, settings)  # noqa: PTH105 (atomic on every platform)
+        with whole_file(settings) as new:
+            new.write_text(text, encoding="utf-8")
         if ours and entry is None:
             target.unlink() if target.is_symlink() else shutil.rmtree(target, ignore_errors=True)
 

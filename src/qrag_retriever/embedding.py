@@ -6,9 +6,7 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
-import os
 import pickle
-import secrets
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +19,7 @@ from tqdm.auto import tqdm
 from typing_extensions import TypedDict, Unpack
 
 from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
+from qrag_retriever.files import whole_file
 from qrag_retriever.vectors import StoredVectors, checked_vectors
 
 if TYPE_CHECKING:
@@ -212,16 +211,9 @@ def _name(texts: Sequence[str], fingerprint: str, dtype: StorageType) -> str:
 
 def _write(file: Path, vectors: StoredVectors) -> None:
     """Keep a part, whole or not at all."""
-    draft = file.with_suffix(f".{secrets.token_hex(4)}.tmp")
     scales = {} if vectors.scales is None else {"scales": vectors.scales}
-    try:
-        with draft.open("wb") as out:
-            np.savez(out, allow_pickle=False, values=vectors.values, **scales)
-            out.flush()
-            os.fsync(out.fileno())
-        draft.replace(file)
-    finally:
-        draft.unlink(missing_ok=True)
+    with whole_file(file) as draft, draft.open("wb") as out:
+        np.savez(out, allow_pickle=False, values=vectors.values, **scales)
 
 
 # what reading a damaged archive raises

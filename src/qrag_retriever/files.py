@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import secrets
 from typing import TYPE_CHECKING
 
 from qrag_retriever.errors import ModelFormatError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A draft to write, which takes the place of ``file`` when all went well, and is gone if not.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = pathlib.Path(folder, "settings.json")
+        ...     with whole_file(file) as draft:
+        ...         _ = draft.write_text("{}", encoding="utf-8")
+        ...     [entry.name for entry in file.parent.iterdir()]
+        ['settings.json']
+    """
+    draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}.new")
+    try:
+        yield draft
+        sync_file(draft)
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def sync_file(file: Path) -> None:

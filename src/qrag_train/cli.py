@@ -16,7 +16,7 @@ from qrag_retriever.errors import (
     MissingDependencyError,
     QRAGError,
 )
-from qrag_retriever.files import sha256_of
+from qrag_retriever.files import sha256_of, whole_file
 from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample, finite
 from qrag_train.data.simulator import OBJECTS, PLACES
@@ -75,9 +75,8 @@ def evaluate(
     for name, samples in read_questions(data, seed=seed, **source).items():
         for row in reports(judged, samples, k, q_threshold, beams, baselines=baselines):
             rows.append({"data": name, "questions": len(samples), **row})
-            new = file.with_name(f".{file.name}.new")
-            new.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
-            new.replace(file)
+            with whole_file(file) as new:
+                new.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", "utf-8")
     print(markdown(rows))
     print(f"The figures are in {file}.")
 

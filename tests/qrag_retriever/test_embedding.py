@@ -56,7 +56,7 @@ def test_a_killed_build_goes_on(small_parts, tmp_path, dtype):
     expected = StoredVectors.of(vectors_of(TEXTS), dtype)
     assert np.array_equal(index.snapshot().vectors.values, expected.values)
     assert np.array_equal(index.snapshot().embeddings, expected.float32())
-    assert not list(tmp_path.glob("parts/*.tmp"))
+    assert not list(tmp_path.glob("parts/.*"))
 
 
 def test_a_checkpoint_serves_its_own_texts_model_and_type_alone(small_parts, tmp_path):
