@@ -53,7 +53,8 @@ def main() -> None:
         "qa_1": read_squad(options.squad) if options.squad else (),
         "qa_2": read_hotpotqa(options.hotpotqa) if options.hotpotqa else (),
     }
-    texts = background.sentences
+    paragraphs = (chunk for own in questions.values() for one in own for chunk in one.chunks)
+    texts = [*background.sentences, *paragraphs]
     models = [load(path, texts) for path in options.models]
     trained = models[0].model if models else None
     before = start_of(trained, options.encoder, texts)
