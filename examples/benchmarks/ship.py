@@ -2,9 +2,9 @@
 
     python examples/benchmarks/ship.py runs/multihop_en_further --name multihop-en \
         --beside multihop-en --share 0.2 --keep-em 0.04 \
-        --set max_chunk_tokens=256 max_chunk_tokens_in_state=128 max_state_tokens=512
+        --set max_chunk_tokens=256 max_chunk_tokens_in_state=128 max_state_tokens=512 alpha=0.1
     python examples/benchmarks/ship.py runs/babilong_again --last --name babilong --balance \
-        --set max_steps=6 --questions examples/configs/babilong_threshold.yaml
+        --set max_steps=6 alpha=0.01 --questions examples/configs/babilong_threshold.yaml
 
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
 settings of the first. With ``--last`` the weights at the end of each run count beside its best, and
@@ -142,12 +142,12 @@ def run_folder(text: str) -> RunFolder:
     return RunFolder(Path(text))
 
 
-def setting(text: str) -> tuple[str, int]:
+def setting(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
-    return name, int(value)
+    return name, int(value) if value.isdigit() else float(value)
 
 
-def change(file: Path, values: dict[str, int]) -> None:
+def change(file: Path, values: dict[str, float]) -> None:
     """Change settings of a model folder."""
     config = QRAGConfig.from_json(file.read_text(encoding="utf-8"))
     file.write_text(config.replace(**values).to_json(), encoding="utf-8")

@@ -43,6 +43,8 @@ class QRAGConfig:
         chunk_prompt: Text put before every chunk in the action encoder.
         max_steps: Retrieval budget the model was trained for, the default number of chunks.
         q_threshold: Stop at the first step whose best Q lies below it; ``None``: never.
+        alpha: Temperature α of the soft policy (eq. 3) by which beams are ranked, in units of
+            reward: the smaller, the less a chunk of lower Q is followed.
         training: What the model was trained on and how, for the reader.
 
     Raises:
@@ -69,6 +71,7 @@ class QRAGConfig:
     chunk_prompt: str = ""
     max_steps: int = 4
     q_threshold: float | None = None
+    alpha: float = 0.05
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -79,6 +82,7 @@ class QRAGConfig:
         _require(self.position_span <= self.position_step, self, "position_span")
         _require(_positive(self.rotary_base) and self.rotary_base > 1, self, "rotary_base")
         _require(_positive(self.scale), self, "scale")
+        _require(_positive(self.alpha), self, "alpha")
         _require(_integer(self.max_steps, least=1), self, "max_steps")
         for name in (
             "max_query_tokens",

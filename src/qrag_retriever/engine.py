@@ -161,7 +161,13 @@ class _Run:
             queries, model, options, filter=filter, exclude_ids=exclude_ids
         )
         self.searches = [
-            Search(own.n, options, own.excluded, keep_q_values=keep_q_values and own.complete)
+            Search(
+                own.n,
+                options,
+                own.excluded,
+                keep_q_values=keep_q_values and own.complete,
+                alpha=model.config.alpha,
+            )
             for own in self.candidates
         ]
         self.reported = [0] * len(queries)

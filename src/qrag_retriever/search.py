@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 StopReason = Literal["budget", "threshold", "exhausted"]
 
-# The soft policy by which beams are ranked: its temperature α, in units of reward, and how many of
-# the best actions it chooses among, as in training.
-_ALPHA = 0.1
+# The soft policy chooses among so many of the best actions, as in training.
 _TOP_ACTIONS = 5
 
 
@@ -107,8 +105,9 @@ class Beam:
         picks: What was taken, in order.
         stopped: Why it ended; ``None`` while it goes on.
         q_values: Q of all candidates at each step, where they are kept.
-        log_probability: That the soft policy (eq. 3) takes it; 0 where it has no rivals, with one
-            beam.
+        log_probability: That the soft policy (eq. 3) takes it, what `Search` ranks beams by; 0
+            where there is but one. (Q itself is no such score: it is high as long as support is
+            missing, and so ranks those trajectories first that have not found it.)
     """
 
     picks: tuple[Pick, ...] = ()
@@ -121,16 +120,6 @@ class Beam:
         """Numbers of the chunks taken, in order."""
         return tuple(pick.index for pick in self.picks)
 
-    @property
-    def score(self) -> float:
-        """Mean log-probability of its steps: what `Search` ranks beams by.
-
-        Q itself is no score: it is high as long as support is missing, and so ranks those
-        trajectories first that have not found it. The mean compares those that stopped early with
-        longer ones.
-        """
-        return self.log_probability / len(self.picks) if self.picks else -math.inf
-
 
 class Search:
     """A search over the chunks 0 … n-1 of one query.
@@ -142,6 +131,7 @@ class Search:
         options: How to search.
         excluded: Candidates that are never taken.
         keep_q_values: Keep Q of all candidates at each step.
+        alpha: Temperature α of the soft policy by which beams are ranked.
 
     Example:
         >>> search = Search(3, SearchOptions(k=2))
@@ -158,8 +148,10 @@ class Search:
         excluded: Collection[int] = (),
         *,
         keep_q_values: bool = False,
+        alpha: float = 0.05,
     ) -> None:
         self.options = options
+        self._alpha = alpha
         self._excluded = np.fromiter(excluded, dtype=np.int64, count=len(excluded))
         self._available = (sys.maxsize if n is None else n) - len(set(excluded))
         self._keep = keep_q_values
@@ -199,7 +191,7 @@ class Search:
         pool: list[Beam] = []
         for beam in self._beams:
             pool.extend([beam] if beam.stopped else self._expand(beam, next(rows)))
-        pool.sort(key=lambda beam: -beam.score)
+        pool.sort(key=lambda beam: -beam.log_probability)
         by_set: dict[frozenset[int], Beam] = {}
         for beam in pool:  # two orders that lead to the same set are one beam
             by_set.setdefault(frozenset(beam.retrieved), beam)
@@ -218,7 +210,7 @@ class Search:
             return [dataclasses.replace(beam, stopped="exhausted")]
         if options.q_threshold is not None:
             if q[ranked[0]] < options.q_threshold:
-                return [dataclasses.replace(beam, stopped="threshold")]
+                return [self._extend(beam, [], ranked, q, stopped="threshold")]
             above = sum(q[index] >= options.q_threshold for index in ranked)
         else:
             above = len(ranked)
@@ -253,13 +245,29 @@ class Search:
             stopped = "budget"
         elif count >= self._available:
             stopped = "exhausted"
-        kept = (*beam.q_values, q) if self._keep else ()
+        kept = (*beam.q_values, q) if self._keep and picks else beam.q_values
         log_probability = beam.log_probability
-        if self.options.beams > 1:  # one chunk after the other, each among those that are left
-            for place, index in enumerate(taken):
-                rivals = ranked[place : place + self.options.rivals]
-                log_probability += _log_policy(q, index, rivals)
+        if self.options.beams > 1:
+            log_probability += self._log_policy(q, ranked, taken, stops=stopped == "threshold")
         return Beam((*beam.picks, *picks), stopped, kept, log_probability)
+
+    def _log_policy(
+        self, q: NDArray[np.float32], ranked: Sequence[int], taken: Sequence[int], *, stops: bool
+    ) -> float:
+        """Log-probability of taking chunks one after the other, and perhaps of stopping then.
+
+        Each is chosen among the best that are left; to stop is one more action, whose value is the
+        threshold.
+        """
+        total, threshold = 0.0, self.options.q_threshold
+        for place in range(len(taken) + stops):
+            rivals = ranked[place : place + self.options.rivals]
+            values = [float(q[index]) for index in rivals]
+            values += [] if threshold is None else [threshold]
+            value = float(q[taken[place]]) if place < len(taken) else values[-1]
+            gaps = (np.array([value, *values]) - max(values)) / self._alpha
+            total += gaps[0] - np.logaddexp.reduce(gaps[1:])
+        return float(total)
 
 
 def best_actions(q_values: NDArray[np.floating[Any]], count: int) -> list[int]:
@@ -290,14 +298,6 @@ def best_actions(q_values: NDArray[np.floating[Any]], count: int) -> list[int]:
         best.append(index)
         q_values[index] = -np.inf
     return best
-
-
-def _log_policy(q_values: NDArray[np.float32], action: int, rivals: Sequence[int]) -> float:
-    """``log π(action)`` of the soft policy among ``rivals`` (eq. 3), of which ``action`` is one."""
-    scaled = q_values[list(rivals)].astype(np.float64) / _ALPHA
-    best = scaled.max()
-    log_sum = best + np.log(np.exp(scaled - best).sum())
-    return float(q_values[action] / _ALPHA - log_sum)
 
 
 def _is_number(value: object) -> bool:

@@ -186,11 +186,11 @@ def read_questions(
     format: Format = "jsonl",
     corpus: str | None = None,
     background: str | None = None,
-    sentences: list[int] | None = None,
+    sentences: int | list[int] | None = None,
     moves: int = 1,
     places: int = len(PLACES),
     things: int = len(OBJECTS),
-    tokens: list[int] | None = None,
+    tokens: int | list[int] | None = None,
     words: str | None = None,
     questions: str | None = None,
     pool: bool = False,
@@ -208,12 +208,12 @@ def read_questions(
             another).
         corpus: The JSONL file with the chunks that all questions share; the format is then corpus.
         background: For babilong and ruler: a folder of books as plain text.
-        sentences: For babilong: numbers of chunks of a document, such as [50,200,1200].
+        sentences: For babilong: number of chunks of a document, or several: [50,200,1200].
         moves: For simulated stories: how much more often people move than in bAbI's files.
         places: For simulated stories: number of places, at most 6; where there are few, people meet
             and things change hands more often.
         things: For simulated stories: number of things, at most 3.
-        tokens: For ruler: lengths of the text in tokens, such as [4096,32768].
+        tokens: For ruler: length of the text in tokens, or several: [4096,32768].
         words: For ruler's needles: a file with a word a line.
         questions: For ruler:qa_1 a file of SQuAD's shape, for ruler:qa_2 of HotpotQA's.
         pool: Search the chunks of all questions of the file, not each question's own.
@@ -250,16 +250,16 @@ def read_questions(
     name = Path(data).stem
     common: dict[str, Any] = {"format": kind, "corpus": corpus, "background": background}
     if format == "babilong":
-        unit, lengths = "sentences", sentences or [60]
+        unit, lengths = "sentences", 60 if sentences in (None, []) else sentences
         common |= {"moves": moves, "places": places, "things": things}
     elif format == "ruler":
-        unit, lengths = "tokens", tokens or [4096]
+        unit, lengths = "tokens", 4096 if tokens in (None, []) else tokens
         common |= {"words": words, "questions": questions}
     else:
         source = finite(SourceConfig(data, **common).open(), samples or _MADE, seed)
         return {name: (pooled(source) if pool else source)[:samples]}
     found: dict[str, Sequence[SupportSample]] = {}
-    for length in lengths:
+    for length in [lengths] if isinstance(lengths, int) else lengths:
         made = SourceConfig(data, **{**common, unit: (length, length)}).open()
         found[f"{name}, {length} {unit}"] = FixedSamples(made, samples or _MADE, seed)
     return found

@@ -208,7 +208,8 @@ def _search_group(
     model: QRAGModel, samples: Sequence[SupportSample], options: SearchOptions, known: EmbeddedTexts
 ) -> list[Beam]:
     actions = known.actions(samples)
-    searches = [Search(len(sample.chunks), options) for sample in samples]
+    alpha = model.config.alpha
+    searches = [Search(len(sample.chunks), options, alpha=alpha) for sample in samples]
     while active := [i for i, search in enumerate(searches) if not search.done]:
         paths = [(i, path) for i in active for path in searches[i].states]
         order = model.config.state_order

@@ -33,6 +33,7 @@ CONFIGS = st.builds(
     chunk_prompt=st.text(max_size=9),
     max_steps=st.integers(1, 1000),
     q_threshold=st.none() | st.floats(-10, 10),
+    alpha=st.floats(1e-3, 1e3),
     training=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3),
 )
 
@@ -62,6 +63,8 @@ def test_defaults_are_the_papers_positions() -> None:
         ("position_span", 10.5),
         ("position_span", float("nan")),
         ("rotary_base", 1.0),
+        ("alpha", 0.0),
+        ("alpha", float("inf")),
         ("scale", 0.0),
         ("scale", float("inf")),
         ("max_steps", 0),

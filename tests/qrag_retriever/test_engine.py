@@ -124,21 +124,32 @@ def test_everything_at_once(data, name, rows, k, chunks_per_step):
     assert trajectory.n_candidates == len(rows)
 
 
-@pytest.mark.parametrize("model", CASES)
-def test_a_beam_as_wide_as_it_gets_finds_the_best_trajectory(model):
-    texts = TEXTS[:4]
-    q_of = {b: slow_q(model, texts, QUERY, b)[0] for b in [(), (0,), (1,), (2,), (3,)]}
+def most_probable_pair(model, texts) -> tuple[int, int]:
+    q_of = {b: slow_q(model, texts, QUERY, b)[0] for b in [(), *((i,) for i in range(len(texts)))]}
 
     def log_policy(before: tuple[int, ...], action: int) -> float:
-        free = [q / 0.1 for i, q in enumerate(q_of[before]) if i not in before]
-        return q_of[before][action] / 0.1 - np.logaddexp.reduce(free)
+        free = [q / model.config.alpha for i, q in enumerate(q_of[before]) if i not in before]
+        return q_of[before][action] / model.config.alpha - np.logaddexp.reduce(free)
 
-    pairs = itertools.permutations(range(4), 2)
-    pair = max(pairs, key=lambda pair: log_policy((), pair[0]) + log_policy(pair[:1], pair[1]))
-    trajectory = search(ChunkIndex.from_texts(texts, model=model), k=2, beams=12)
-    assert tuple(step.index for step in trajectory) == pair
-    taken = [step.q_value for step in trajectory]
-    assert taken == pytest.approx([q_of[()][pair[0]], q_of[pair[:1]][pair[1]]], abs=1e-5)
+    pairs = itertools.permutations(range(len(texts)), 2)
+    return max(pairs, key=lambda pair: log_policy((), pair[0]) + log_policy(pair[:1], pair[1]))
+
+
+@pytest.mark.parametrize("model", CASES)
+def test_a_beam_as_wide_as_it_gets_finds_the_most_probable_trajectory(model):
+    index = ChunkIndex.from_texts(TEXTS[:4], model=model)
+    trajectory = search(index, k=2, beams=12)
+    assert tuple(step.index for step in trajectory) == most_probable_pair(model, TEXTS[:4])
+
+
+def test_the_models_temperature_decides_between_beams():
+    found = set()
+    for alpha in (0.001, 0.5):
+        model = make_model(positions="relative", alpha=alpha)
+        trajectory = search(ChunkIndex.from_texts(TEXTS[:5], model=model), k=2, beams=20)
+        found.add(pair := tuple(step.index for step in trajectory))
+        assert pair == most_probable_pair(model, TEXTS[:5])
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("model", CASES)

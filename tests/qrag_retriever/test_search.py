@@ -27,8 +27,8 @@ def q_table(seed: int, n: int, *, by_set: bool):
     return q_values
 
 
-def run(n, options, q_values, excluded=(), keep=False) -> Search:
-    search = Search(n, options, excluded, keep_q_values=keep)
+def run(n, options, q_values, excluded=(), keep=False, alpha=0.05) -> Search:
+    search = Search(n, options, excluded, keep_q_values=keep, alpha=alpha)
     while not search.done:
         search.advance(np.stack([q_values(state) for state in search.states]))
     return search
@@ -70,26 +70,40 @@ def test_greedy_is_the_argmax_of_every_step(seed, n, k, threshold, excluded):
         assert search.best.stopped == "threshold"
 
 
-@given(seed=st.integers(0, 999), n=st.integers(2, 5), k=st.integers(1, 3), by_set=st.booleans())
-def test_a_wide_beam_finds_the_best_of_all_trajectories(seed, n, k, by_set):
+def log_policies(n, k, q_values, alpha, threshold, order=()) -> dict[tuple[int, ...], float]:
+    """Log-probability of every trajectory under the soft policy; to stop is an action too."""
+    if len(order) == k:
+        return {order: 0.0}
+    q = q_values(order).astype(np.float64)
+    free = [i for i in range(n) if i not in order]
+    worth = [q[i] for i in free] + ([] if threshold is None else [threshold])
+    log_sum = float(np.logaddexp.reduce(np.array(worth) / alpha))
+    if threshold is not None and max(q[i] for i in free) < threshold:
+        return {order: threshold / alpha - log_sum}
+    return {
+        path: q[i] / alpha - log_sum + rest
+        for i in free
+        if threshold is None or q[i] >= threshold
+        for path, rest in log_policies(n, k, q_values, alpha, threshold, (*order, i)).items()
+    }
+
+
+@given(
+    seed=st.integers(0, 999),
+    n=st.integers(2, 5),
+    k=st.integers(1, 3),
+    alpha=st.sampled_from([0.05, 0.3, 2.0]),
+    threshold=st.one_of(st.none(), st.floats(-1, 1.5)),
+    by_set=st.booleans(),
+)
+def test_a_wide_beam_finds_the_most_probable_trajectory(seed, n, k, alpha, threshold, by_set):
     q_values = q_table(seed, n, by_set=by_set)
-    k = min(k, n)
-
-    def mean_log_policy(order: tuple[int, ...]) -> float:
-        total = 0.0
-        for t, action in enumerate(order):
-            q = q_values(order[:t])
-            free = [float(q[i]) / 0.1 for i in range(n) if i not in order[:t]]
-            total += float(q[action]) / 0.1 - float(np.logaddexp.reduce(free))
-        return total / k
-
-    best = max(map(mean_log_policy, itertools.permutations(range(n), k)))
-    search = run(n, SearchOptions(k=k, beams=200), q_values)
+    expected = log_policies(n, min(k, n), q_values, alpha, threshold)
+    options = SearchOptions(k=k, beams=200, q_threshold=threshold)
+    best = run(n, options, q_values, alpha=alpha).best
+    assert best.log_probability == pytest.approx(expected[best.retrieved], abs=1e-4)
     if by_set:  # orders of one set share their future, so merging them loses nothing
-        assert search.best.score == pytest.approx(best, abs=1e-5)
-    else:
-        assert search.best.score <= best + 1e-5
-    assert mean_log_policy(search.best.retrieved) == pytest.approx(search.best.score, abs=1e-5)
+        assert best.log_probability == pytest.approx(max(expected.values()), abs=1e-4)
 
 
 def test_beams_do_not_follow_q_that_stays_high_because_nothing_was_found():
@@ -100,8 +114,9 @@ def test_beams_do_not_follow_q_that_stays_high_because_nothing_was_found():
 
 def test_the_policy_chooses_among_the_five_best():
     q = np.array([0.5, 0.4, 0.3, 0.2, 0.1, 0.1, 0.1], dtype=np.float32)
-    best = run(7, SearchOptions(k=1, beams=2), lambda _: q).best
-    assert best.score == pytest.approx(5 - math.log(sum(map(math.exp, [5, 4, 3, 2, 1]))), abs=1e-5)
+    best = run(7, SearchOptions(k=1, beams=2), lambda _: q, alpha=0.1).best
+    expected = 5 - math.log(sum(map(math.exp, [5, 4, 3, 2, 1])))
+    assert best.log_probability == pytest.approx(expected, abs=1e-5)
 
 
 def test_several_chunks_at_once_are_as_probable_as_one_after_the_other():
@@ -109,7 +124,7 @@ def test_several_chunks_at_once_are_as_probable_as_one_after_the_other():
     at_once = run(4, SearchOptions(k=3, beams=2, chunks_per_step=3), lambda _: q)
     in_turn = run(4, SearchOptions(k=3, beams=2), lambda _: q)
     assert at_once.best.retrieved == in_turn.best.retrieved == (0, 1, 2)
-    assert at_once.best.score == pytest.approx(in_turn.best.score, abs=1e-6)
+    assert at_once.best.log_probability == pytest.approx(in_turn.best.log_probability)
 
 
 @given(seed=st.integers(0, 999), beams=st.integers(1, 4), n=st.integers(1, 7))
@@ -144,7 +159,7 @@ def test_chunks_below_the_threshold_are_left_out_when_several_are_taken():
     assert (search.best.retrieved, search.best.stopped) == ((0, 1), "threshold")
 
 
-def test_a_beam_that_stops_early_competes_by_its_mean():
+def test_a_beam_that_stops_early_competes():
     table = {(): [0.9, 0.8], (0,): [0.0, 0.1], (1,): [0.7, 0.0]}
     search = Search(2, SearchOptions(k=2, beams=2, q_threshold=0.5))
     while not search.done:

@@ -681,6 +681,15 @@ def test_two_processes_have_their_own_episodes_and_equal_weights(tmp_path: Path)
     assert main([*again, "--trainer.devices=1", "--trainer.strategy=auto"]) == 0
 
 
+def test_one_length_needs_no_list(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It rained the whole day long. Nobody came to see them.")
+    for length, sets in ((40, [40]), ([40, 60], [40, 60]), (None, [60]), ([], [60])):
+        found = read_questions(
+            "simulated:1", "babilong", background=str(tmp_path), sentences=length, samples=2
+        )
+        assert [len(samples[0].chunks) for samples in found.values()] == sets
+
+
 def test_options_of_another_format_are_refused(tmp_path: Path) -> None:
     file = str(write_questions(tmp_path / "q.jsonl", 3))
     for option in ("background", "words", "questions"):

@@ -13,7 +13,8 @@ from qrag_train.metrics import fact_scores, stop_kind
 
 @pytest.fixture(scope="module", params=["relative", "absolute", "none"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> QRAGModel:
-    return tiny_model(tmp_path_factory.mktemp("encoder"), request.param, scale=0.2)
+    folder = tmp_path_factory.mktemp("encoder")
+    return tiny_model(folder, request.param, scale=0.2, alpha=0.002)
 
 
 @pytest.fixture(scope="module")
