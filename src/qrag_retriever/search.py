@@ -247,7 +247,7 @@ class Search:
             stopped = "exhausted"
         kept = (*beam.q_values, q) if self._keep and picks else beam.q_values
         log_probability = beam.log_probability
-        if self.options.beams > 1:
+        if self.options.beams > 1 and count > 0:  # who takes nothing has no rivals
             log_probability += self._log_policy(q, ranked, taken, stops=stopped == "threshold")
         return Beam((*beam.picks, *picks), stopped, kept, log_probability)
 

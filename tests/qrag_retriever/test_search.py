@@ -101,6 +101,9 @@ def test_a_wide_beam_finds_the_most_probable_trajectory(seed, n, k, alpha, thres
     expected = log_policies(n, min(k, n), q_values, alpha, threshold)
     options = SearchOptions(k=k, beams=200, q_threshold=threshold)
     best = run(n, options, q_values, alpha=alpha).best
+    if best.retrieved == ():  # the only one
+        assert set(expected) == {()}
+        return
     assert best.log_probability == pytest.approx(expected[best.retrieved], abs=1e-4)
     if by_set:  # orders of one set share their future, so merging them loses nothing
         assert best.log_probability == pytest.approx(max(expected.values()), abs=1e-4)
@@ -166,6 +169,14 @@ def test_a_beam_that_stops_early_competes():
         search.advance(np.array([table[state] for state in search.states], dtype=np.float32))
     assert search.best.retrieved == (0,)
     assert search.best.stopped == "threshold"
+
+
+@pytest.mark.filterwarnings("error")
+def test_beams_may_stop_before_the_first_chunk():
+    q = np.array([0.3, 0.2], dtype=np.float32)
+    for threshold in (0.5, math.inf):
+        best = run(2, SearchOptions(k=2, beams=3, q_threshold=threshold), lambda _: q).best
+        assert (best.retrieved, best.stopped) == ((), "threshold")
 
 
 def test_runners_up_are_the_next_best():
