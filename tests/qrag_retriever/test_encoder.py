@@ -206,7 +206,7 @@ def test_empty_text_without_special_tokens(tiny_encoder: Path) -> None:
     assert texts[1] == []
     result = encoder.encode(texts)
     assert torch.isfinite(result).all()
-    torch.testing.assert_close(result[:1], encoder.encode(texts[:1]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(result[:1], encoder.encode(texts[:1]), atol=1e-5, rtol=0)
     assert torch.isfinite(encoder.encode([[]])).all()
 
 
