@@ -54,7 +54,7 @@ def main() -> None:
         "qa_2": read_hotpotqa(options.hotpotqa) if options.hotpotqa else (),
     }
     paragraphs = (chunk for own in questions.values() for one in own for chunk in one.chunks)
-    texts = [*background.sentences, *paragraphs]
+    texts = [*background.sentences, *background.passages().sentences, *paragraphs]
     models = [load(path, texts) for path in options.models]
     trained = models[0].model if models else None
     before = start_of(trained, options.encoder, texts)

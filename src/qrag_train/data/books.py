@@ -132,6 +132,18 @@ class BackgroundText:
             )
         return cls(sentences)
 
+    def passages(self, sentences: int = 5) -> BackgroundText:
+        """The same books in passages of some sentences, which stretches draw whole.
+
+        However many texts a passage stands in, it is embedded once.
+
+        Example:
+            >>> BackgroundText(["It rained.", "It poured.", "It stopped."]).passages(2).sentences
+            ('It rained. It poured.', 'It stopped.')
+        """
+        starts = range(0, len(self.sentences), sentences)
+        return BackgroundText([" ".join(self.sentences[i : i + sentences]) for i in starts])
+
     def stretch(self, length: int, rng: np.random.Generator) -> list[str]:
         """``length`` sentences on end from a random place; after the last book comes the first."""
         begin = int(rng.integers(len(self.sentences)))

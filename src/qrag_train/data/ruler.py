@@ -24,7 +24,6 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 _VALUES = 4  # of multi-value, and keys of multi-key and multi-query
 _HOPS = 4
-_SENTENCES = 5  # of a passage from a book
 _DRAWS = 1000  # in a row that give nothing new: there is nothing new
 
 
@@ -116,7 +115,7 @@ class Ruler:
             )
         self.task = task
         self._low, self._high = low, high
-        self._background = background
+        self._background = background.passages() if task.startswith("qa") else background
         self._words = words
         self._questions = questions
         self._pool = tuple(dict.fromkeys(chunk for q in questions for chunk in q.chunks))
@@ -195,11 +194,7 @@ class Ruler:
         room -= _length(support)
         noise = _within(paragraphs, room)
         if len(noise) == len(paragraphs):  # they do not suffice
-            sentences = self._background.stretch_of(max(room - _length(noise), 0), rng)
-            noise += [
-                " ".join(sentences[i : i + _SENTENCES])
-                for i in range(0, len(sentences), _SENTENCES)
-            ]
+            noise += self._background.stretch_of(max(room - _length(noise), 0), rng)
         noise = [noise[i] for i in rng.permutation(len(noise))]
         chunks, places = scatter([support[i] for i in rng.permutation(len(support))], noise, rng)
         return dataclasses.replace(
