@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, QRAGError
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Search:
         excluded: Collection[int] = (),
         *,
         keep_q_values: bool = False,
-        alpha: float = 0.05,
+        alpha: float = QRAGConfig.alpha,
     ) -> None:
         self.options = options
         self._alpha = alpha
