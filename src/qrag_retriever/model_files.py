@@ -112,7 +112,8 @@ def load_embedder(
         UnsafeModelError: If its folder asks for code to be run and that is not allowed.
     """
     if isinstance(encoder, SentenceTransformer):
-        return copy.deepcopy(encoder).to("cpu", torch.float32)
+        own: SentenceTransformer = copy.deepcopy(encoder).to("cpu", torch.float32)
+        return own
     name = str(Path(encoder or offline.DEFAULT_ENCODER).expanduser())
     if name == offline.DEFAULT_ENCODER and offline.is_installed():
         name = str(offline.minilm_folder())

@@ -290,7 +290,8 @@ def _cut(runs: Sequence[Runs], blocks: NDArray[np.int64]) -> _Pieces:
 
 def _begins(runs: Sequence[Runs]) -> NDArray[np.int64]:
     """The chunks with which a run of any state begins, and how many chunks there are."""
-    return np.unique(np.concatenate([of_state.bounds for of_state in runs]))
+    begins: NDArray[np.int64] = np.unique(np.concatenate([of_state.bounds for of_state in runs]))
+    return begins
 
 
 def _score_by_row(

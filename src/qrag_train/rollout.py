@@ -124,8 +124,8 @@ class RolloutCollector:
         self.environment = RetrievalEnvironment(config.environments, steps, config.reward)
         self.transitions = 0
         self._drawn = 0
-        self._returns = np.zeros(config.environments)
-        self._ended = np.ones(config.environments, dtype=bool)
+        self._returns: NDArray[np.float64] = np.zeros(config.environments)
+        self._ended: NDArray[np.bool_] = np.ones(config.environments, dtype=bool)
         self._chunks: list[NDArray[np.int64]] = [np.zeros(0, dtype=np.int64)] * len(self._ended)
         self._embedded: dict[tuple[int, ...], Tensor] = {}
         self._update: int | None = None

@@ -174,9 +174,9 @@ class ChunkEmbeddings:
 
     def _clear(self) -> None:
         size = len(self._table)
-        self._row = np.full(size, -1, dtype=np.int64)
-        self._stamp = np.zeros(size, dtype=np.int64)
-        self._is_support = np.zeros(size, dtype=bool)
+        self._row: NDArray[np.int64] = np.full(size, -1, dtype=np.int64)
+        self._stamp: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
+        self._is_support: NDArray[np.bool_] = np.zeros(size, dtype=bool)
         empty = torch.empty(0, self._encoders[0].dimension)
         self._vectors = (empty, empty)
 
