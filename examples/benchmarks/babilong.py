@@ -44,7 +44,7 @@ from bench import (
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from qrag_train.calibration import choose_threshold
+from qrag_train.calibration import choose_threshold, judge_thresholds
 from qrag_train.data import BackgroundText, SupportSample, finite, hide_story
 from qrag_train.data.simulator import DROPS, GIVERS, MOVES, PEOPLE, TAKES
 from qrag_train.data.source import stories
@@ -206,7 +206,7 @@ def choose(found: Mapping[int, Sequence[Found]]) -> float:
     """The threshold of best Fact-F1."""
     beams = [one.beam for some in found.values() for one in some]
     supports = [one.support for some in found.values() for one in some]
-    return choose_threshold(beams, supports).q_threshold
+    return choose_threshold(judge_thresholds(beams, supports)).q_threshold
 
 
 def both_halves(first: Sequence[Found] | None, found: Sequence[Found], k: int) -> dict[str, Any]:

@@ -242,10 +242,9 @@ def calibrated(
     beams: Sequence[Beam], supports: Sequence[Sequence[int]], keep_em: float | None
 ) -> Calibration:
     """The threshold, by the best Fact-F1 or by the Fact-EM that remains."""
-    if keep_em is None:
-        return choose_threshold(beams, supports)
-    whole = judge_thresholds(beams, supports).fact_em[-1]
-    return choose_threshold(beams, supports, target_em=float(whole) - keep_em)
+    thresholds = judge_thresholds(beams, supports)
+    target = None if keep_em is None else thresholds.lowest.fact_em - keep_em
+    return choose_threshold(thresholds, target)
 
 
 def keep_log(run: RunFolder, target: Path) -> None:

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from qrag_train.data.sample import SupportSample
 
 
+class Calibration(NamedTuple):
+    """A threshold and what it leads to on the data it was chosen on."""
+
+    q_threshold: float
+    fact_em: float
+    fact_f1: float
+    steps: float
+
+
 class Thresholds(NamedTuple):
     """What each threshold leads to, the highest first; float64 ``[n]`` each.
 
@@ -43,14 +52,28 @@ class Thresholds(NamedTuple):
     fact_f1: NDArray[np.float64]
     steps: NDArray[np.float64]
 
+    @property
+    def lowest(self) -> Calibration:
+        """The threshold that stops no search: what the whole budget leads to."""
+        return self.row(-1)
 
-class Calibration(NamedTuple):
-    """A threshold and what it leads to on the data it was chosen on."""
+    def row(self, number: int) -> Calibration:
+        """One threshold with what it leads to."""
+        return Calibration(*(float(column[number]) for column in self))
 
-    q_threshold: float
-    fact_em: float
-    fact_f1: float
-    steps: float
+
+def search_thresholds(
+    model: QRAGModel, samples: Sequence[SupportSample], k: int | None = None
+) -> Thresholds:
+    """Judge all thresholds of a model by one search for each question.
+
+    Args:
+        model: The model; left as it is.
+        samples: Validation questions.
+        k: Budget of the searches; ``None``: the model's own.
+    """
+    beams = search_samples(model, samples, SearchOptions(k or model.config.max_steps, runners_up=0))
+    return judge_thresholds(beams, [sample.support for sample in samples])
 
 
 def judge_thresholds(beams: Sequence[Beam], supports: Sequence[Sequence[int]]) -> Thresholds:
@@ -78,55 +101,26 @@ def judge_thresholds(beams: Sequence[Beam], supports: Sequence[Sequence[int]]) -
     return Thresholds(_between(q[last]), em, f1, steps)
 
 
-def calibrate(
-    model: QRAGModel,
-    samples: Sequence[SupportSample],
-    *,
-    k: int | None = None,
-    target_em: float | None = None,
-) -> Calibration:
-    """Choose the threshold below which a search stops.
+def choose_threshold(thresholds: Thresholds, target_em: float | None = None) -> Calibration:
+    """Choose the threshold below which a search stops: the best Fact-F1.
 
     Args:
-        model: The model; left as it is.
-        samples: Validation questions.
-        k: Budget of the searches; ``None``: the model's own.
-        target_em: Choose the fewest steps that reach this Fact-EM instead of the best Fact-F1.
+        thresholds: All there are, judged on validation questions.
+        target_em: Choose the fewest steps that reach this Fact-EM instead.
 
     Raises:
         InvalidInputError: If the target is not reached with the whole budget.
     """
-    beams = search_samples(model, samples, SearchOptions(k or model.config.max_steps, runners_up=0))
-    return choose_threshold(beams, [sample.support for sample in samples], target_em)
-
-
-def choose_threshold(
-    beams: Sequence[Beam], supports: Sequence[Sequence[int]], target_em: float | None = None
-) -> Calibration:
-    """Choose the threshold from searches that were made without any.
-
-    Args:
-        beams: Greedy trajectories of the whole budget.
-        supports: The support of each.
-        target_em: As in `calibrate`.
-
-    Raises:
-        InvalidInputError: If the target is not reached with the whole budget.
-    """
-    table = judge_thresholds(beams, supports)
     if target_em is None:
         # of equal ones the one with the fewest steps
-        chosen = int(np.argmax(table.fact_f1))
-    else:
-        enough = np.flatnonzero(table.fact_em >= target_em - 1e-9)
-        if not len(enough):
-            budget = max(len(beam.picks) for beam in beams)
-            raise InvalidInputError(
-                f"target_em={target_em} is not reached: all {budget} steps give Fact-EM "
-                f"{table.fact_em[-1]:.3f}. Give a lower target, or a larger k."
-            )
-        chosen = int(enough[0])
-    return Calibration(*(float(column[chosen]) for column in table))
+        return thresholds.row(int(np.argmax(thresholds.fact_f1)))
+    enough = np.flatnonzero(thresholds.fact_em >= target_em - 1e-9)
+    if not len(enough):
+        raise InvalidInputError(
+            f"target_em={target_em} is not reached: the whole budget gives Fact-EM "
+            f"{thresholds.lowest.fact_em:.3f}. Give a lower target, or a larger k."
+        )
+    return thresholds.row(int(enough[0]))
 
 
 def model_config(folder: str | Path) -> QRAGConfig:

@@ -101,9 +101,7 @@ def calibrate(
         source: What kind of file it is.
     """
     from qrag_retriever.model import QRAGModel
-    from qrag_retriever.search import SearchOptions
     from qrag_train import calibration
-    from qrag_train.evaluation import judge, search_samples
 
     _refuse_below_one(k=k)
     model = model_of(model)
@@ -121,14 +119,12 @@ def calibrate(
             "those you judge on.",
             stacklevel=2,
         )
-    beams = search_samples(judged, samples, SearchOptions(budget, runners_up=0))
-    supports = [sample.support for sample in samples]
-    chosen = calibration.choose_threshold(beams, supports, target_em)
-    whole = judge(beams, supports, budget)
+    thresholds = calibration.search_thresholds(judged, samples, budget)
+    chosen, whole = calibration.choose_threshold(thresholds, target_em), thresholds.lowest
     calibration.write_threshold(model, chosen, budget)
     print(
-        f"Without a threshold: Fact-EM {whole['fact_em']:.3f}, Fact-F1 {whole['fact_f1']:.3f}, "
-        f"{whole['steps']:.2f} steps.\n"
+        f"Without a threshold: Fact-EM {whole.fact_em:.3f}, Fact-F1 {whole.fact_f1:.3f}, "
+        f"{whole.steps:.2f} steps.\n"
         f"q_threshold={chosen.q_threshold:.4f} of at most {budget} steps, on {len(samples)} "
         f"questions: Fact-EM {chosen.fact_em:.3f}, Fact-F1 {chosen.fact_f1:.3f}, "
         f"{chosen.steps:.2f} steps. Written into {model}. --target_em chooses by the Fact-EM."

@@ -11,7 +11,7 @@ import pytest
 from running import SENTENCES, run, save_model, write_books
 
 from qrag_retriever import QRAGModel, SearchOptions
-from qrag_train.calibration import calibrate
+from qrag_train.calibration import choose_threshold, search_thresholds
 from qrag_train.data import BabiSimulator, BackgroundText, FixedSamples, hide_story
 from qrag_train.evaluation import evaluate
 
@@ -48,7 +48,8 @@ def test_figures_of_a_run(tmp_path, calibrated_up_to_200):
     loaded = QRAGModel.from_pretrained(model, device="cpu")
     background = BackgroundText.from_folder(books)
     halves = STORIES[::2], STORIES[1::2]
-    chosen = calibrate(loaded, [s for n in (12, 60) for s in obvious(halves[0], background, n, 4)])
+    chosen_on = [s for n in (12, 60) for s in obvious(halves[0], background, n, 4)]
+    chosen = choose_threshold(search_thresholds(loaded, chosen_on))
     assert row["q_threshold"] == pytest.approx(chosen.q_threshold, abs=1e-4)
     for figure, length in zip(row["figures"], (12, 60, 260), strict=True):
         samples = obvious(halves[1], background, length, 4)

@@ -11,7 +11,7 @@ import torch
 from running import run, save_model, write_hotpotqa
 
 from qrag_retriever import QRAGModel, SearchOptions
-from qrag_train.calibration import choose_threshold
+from qrag_train.calibration import choose_threshold, judge_thresholds
 from qrag_train.data import read_hotpotqa
 from qrag_train.evaluation import evaluate, search_samples
 
@@ -95,7 +95,7 @@ def test_a_budget_and_questions_of_ones_own(
     assert shipped.config.max_steps == 3
     samples = read_hotpotqa(tmp_path / "hotpot.json")[:2]
     beams = search_samples(shipped, samples, SearchOptions(3))
-    chosen = choose_threshold(beams, [sample.support for sample in samples])
+    chosen = choose_threshold(judge_thresholds(beams, [sample.support for sample in samples]))
     assert shipped.config.q_threshold == pytest.approx(chosen.q_threshold)
     found = evaluate(shipped, samples, SearchOptions(3))
     figures = shipped.config.training["figures"]
@@ -151,5 +151,5 @@ def test_the_threshold_is_chosen_by_the_model_that_ships(runs: list[Path], packa
     shipped = QRAGModel.from_pretrained(package / "ours", device="cpu")
     samples = read_hotpotqa(runs[1].parents[1] / "hotpot.json")
     found = search_samples(shipped, samples, SearchOptions(2, runners_up=0))
-    chosen = choose_threshold(found, [sample.support for sample in samples])
+    chosen = choose_threshold(judge_thresholds(found, [sample.support for sample in samples]))
     assert shipped.config.q_threshold == pytest.approx(chosen.q_threshold, abs=1e-6)

@@ -14,9 +14,9 @@ from qrag_retriever.errors import InvalidInputError, ModelFormatError
 from qrag_retriever.search import Beam, Pick
 from qrag_train.calibration import (
     Calibration,
-    calibrate,
     choose_threshold,
     judge_thresholds,
+    search_thresholds,
     write_threshold,
 )
 from qrag_train.evaluation import evaluate, search_samples, steps_above
@@ -38,7 +38,7 @@ def brute_force(model: QRAGModel, k: int) -> list[dict[str, float]]:
 
 
 def test_the_best_f1_equals_brute_force(model: QRAGModel) -> None:
-    chosen = calibrate(model, SAMPLES, k=4)
+    chosen = choose_threshold(search_thresholds(model, SAMPLES, k=4))
     runs = brute_force(model, 4)
     assert chosen.fact_f1 == pytest.approx(max(run["fact_f1"] for run in runs))
     again = evaluate(model, SAMPLES, SearchOptions(4, q_threshold=chosen.q_threshold))
@@ -48,7 +48,7 @@ def test_the_best_f1_equals_brute_force(model: QRAGModel) -> None:
 
 @pytest.mark.parametrize("target", [0.1, 0.5, 1.0])
 def test_a_target_is_reached_with_the_fewest_steps(model: QRAGModel, target: float) -> None:
-    chosen = calibrate(model, SAMPLES, k=6, target_em=target)
+    chosen = choose_threshold(search_thresholds(model, SAMPLES, k=6), target)
     enough = [run["steps"] for run in brute_force(model, 6) if run["fact_em"] >= target]
     assert chosen.fact_em >= target
     assert chosen.steps == pytest.approx(min(enough))
@@ -57,8 +57,10 @@ def test_a_target_is_reached_with_the_fewest_steps(model: QRAGModel, target: flo
 
 
 def test_a_target_out_of_reach_is_told(model: QRAGModel) -> None:
-    with pytest.raises(InvalidInputError, match=r"target_em=1.0 is not reached: all 1 steps"):
-        calibrate(model, SAMPLES, k=1, target_em=1.0)
+    with pytest.raises(
+        InvalidInputError, match=r"target_em=1.0 is not reached: the whole"
+    ):
+        choose_threshold(search_thresholds(model, SAMPLES, k=1), 1.0)
 
 
 q_values = st.sampled_from([-0.25, 0.0, 0.1, 0.5, np.float32(0.1) + np.float32(1e-8), 1.0, 2.0])
@@ -128,4 +130,4 @@ def test_of_equal_f1_the_fewest_steps_and_a_value_between() -> None:
     assert table.values.tolist() == [0.625, 0.375, 0.1875, 0.0625, -0.25, -0.75, -1.0]
     # 2·1/(1 + 5) after one step, 2·2/(7 + 5) after seven
     assert table.fact_f1[0] == pytest.approx(table.fact_f1[6])
-    assert choose_threshold([beam], [support]) == pytest.approx((0.625, 0.0, 1 / 3, 1.0))
+    assert choose_threshold(table) == pytest.approx((0.625, 0.0, 1 / 3, 1.0))
