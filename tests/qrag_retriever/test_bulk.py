@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stores import ENGINES, IDS
 
 from qrag_retriever import ChunkIndex, QRAGModel
 from qrag_retriever.bulk import ChunkEmbedder, StoreWriter, embed_dataset, fill_store, index_of
@@ -141,6 +142,21 @@ def test_a_batch_written_twice_is_there_once() -> None:
         assert writer(batch)["id"].tolist() == [3, 4]
     assert store.kept == {"3": ("a", {"page": 7}), "4": ("b", {"page": 8})}
     assert type(store.kept["3"][1]["page"]) is int
+
+
+@pytest.mark.parametrize("engine", ["qdrant", "milvus", "postgres", "chroma"])
+def test_a_real_database_holds_what_was_written_last(
+    engine: str, tiny_model: QRAGModel, tmp_path: Path
+) -> None:
+    store = ENGINES[f"langchain-{engine}"].fill(tiny_model, tmp_path, [])
+    writer = StoreWriter(lambda: store)
+    for texts in (["one", "two"], ["one", "three"]):
+        writer({"id": np.array(IDS[:2]), "text": np.array(texts), "page": np.array([1, 2])})
+    found = store.similarity_search("two", k=10)
+    assert sorted((d.page_content, int(d.metadata["page"])) for d in found) == [
+        ("one", 1),
+        ("three", 2),
+    ]
 
 
 def test_what_is_missing_is_told(tiny_model: QRAGModel, monkeypatch: pytest.MonkeyPatch) -> None:

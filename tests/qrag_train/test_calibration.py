@@ -57,9 +57,7 @@ def test_a_target_is_reached_with_the_fewest_steps(model: QRAGModel, target: flo
 
 
 def test_a_target_out_of_reach_is_told(model: QRAGModel) -> None:
-    with pytest.raises(
-        InvalidInputError, match=r"target_em=1.0 is not reached: the whole"
-    ):
+    with pytest.raises(InvalidInputError, match=r"target_em=1.0 is not reached: the whole"):
         choose_threshold(search_thresholds(model, SAMPLES, k=1), 1.0)
 
 
