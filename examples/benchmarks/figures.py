@@ -40,8 +40,13 @@ def save(figure: Figure, json: Path, what: str) -> Path:
     return file
 
 
-def over_length(tables: Mapping[str, Lines], json: Path) -> Path:
-    """A panel for each measure, a line for each name: over the number of tokens, on a log axis."""
+def over_length(tables: Mapping[str, Lines], json: Path) -> Path | None:
+    """A panel for each measure, a line for each name: over the number of tokens, on a log axis.
+
+    ``None``: of a single length there is nothing to draw.
+    """
+    if len({tokens for lines in tables.values() for one in lines.values() for tokens in one}) < 2:
+        return None
     figure, axes = panels(len(tables))
     for axis, (measure, lines) in zip(axes, tables.items(), strict=True):
         lengths = sorted({tokens for points in lines.values() for tokens in points})

@@ -82,7 +82,7 @@ def test_what_was_drawn_stays_when_the_reader_fails(tmp_path, monkeypatch):
     model, file = save_model(tmp_path, "relative", TEXTS), tmp_path / "b.json"
     with pytest.raises(SystemExit, match="answered 0 of 2"):
         run(
-            *(babilong, model, "--questions", "simulated:1", "--count", 2, "--lengths", 12),
+            *(babilong, model, "--questions", "simulated:1", "--count", 2, "--lengths", 12, 60),
             *("--background", write_books(tmp_path), "--json", file),
             *("--reader", "tiny", "--reader-url", "http://127.0.0.1:9/v1"),
         )

@@ -77,6 +77,6 @@ def test_what_was_drawn_stays_when_the_reader_fails(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="answered 0 of 2"):
         run(
             *(ruler, model, "--words", words, "--background", write_books(tmp_path), *reader),
-            *("--tasks", "niah_single_1", "--tokens", 100, "--count", 2, "--json", file),
+            *("--tasks", "niah_single_1", "--tokens", 100, 200, "--count", 2, "--json", file),
         )
     assert (file.parent / "r_length.png").read_bytes().startswith(b"\x89PNG")

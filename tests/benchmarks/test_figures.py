@@ -60,3 +60,5 @@ def test_many_panels_stand_in_rows(tmp_path):
     assert file.read_bytes().startswith(b"\x89PNG")
     lines = {"m": {1_000: 0.5, 128_000: 1.0}}
     assert figures.over_length({"Fact-EM": lines}, tmp_path / "x.json").exists()
+    assert figures.over_length({"Fact-EM": {"m": {1_000: 0.5}}}, tmp_path / "y.json") is None
+    assert not list(tmp_path.glob("y*"))
