@@ -12,10 +12,15 @@ from qrag_retriever.quantized import QuantizedRows, in_parts, multiplies_integer
 from qrag_retriever.scoring import score
 
 
+def processor(capability: str) -> mock._patch:
+    return mock.patch.object(torch.backends.cpu, "get_cpu_capability", return_value=capability)
+
+
 @pytest.fixture(autouse=True)
-def forget():
+def a_processor_that_multiplies_integers():
     multiplies_integers.cache_clear()
-    yield
+    with processor("AVX512"):
+        yield
     multiplies_integers.cache_clear()
 
 
@@ -81,6 +86,17 @@ def test_a_product_that_fails_or_saturates_is_not_used(broken):
         q = score(*arguments)
     bound = 3e-5 * float(states.norm(dim=1).max() * matrix.float().norm(dim=1).max())
     torch.testing.assert_close(q, expected, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
+def test_rows_are_converted_where_integers_take_longer(capability):
+    matrix, states = rows(5000, 32), torch.randn(2, 32)
+    arguments = (states, matrix, [[7], [1, 9]], PositionScheme("relative"))
+    integers = mock.Mock(side_effect=AssertionError)
+    with processor(capability), mock.patch.object(QuantizedRows, "products", integers):
+        q = score(*arguments)
+    expected = score(states, matrix.float(), *arguments[2:])
+    torch.testing.assert_close(q, expected, atol=1e-4, rtol=1e-5)
 
 
 def test_the_corpus_is_never_converted_as_a_whole():
