@@ -63,6 +63,7 @@ def machine() -> dict[str, str | int]:
         processor = platform.processor()
     return {
         "processor": processor,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count() or 0,
         "threads": torch.get_num_threads(),
         "system": platform.system(),
