@@ -1,7 +1,8 @@
-"""The book the examples read: Treasure Island (R. L. Stevenson, 1883, public domain), in chunks."""
+"""What the examples ask: Treasure Island (R. L. Stevenson, 1883, public domain) or another book."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from pathlib import Path
 
@@ -12,7 +13,17 @@ MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 QUESTION = "What treasure did Ben Gunn carry away, and where did he hide it?"
 
 
-def read_chunks(file: Path = BOOK, words: int = 70) -> list[str]:
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the arguments of all these examples: the question and the book."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--question", default=QUESTION)
+    result.add_argument("--book", type=Path, default=BOOK, help="a text of your own, UTF-8")
+    return result
+
+
+def read_chunks(file: Path, words: int = 70) -> list[str]:
     """Split a text into chunks of whole sentences, each of at least so many words."""
     text = " ".join(file.read_text(encoding="utf-8").split())
     chunks, current = [], ""

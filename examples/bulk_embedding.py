@@ -10,7 +10,6 @@ by ``ray job submit``; to write straight into a vector store see ``qrag_retrieve
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 try:
@@ -18,15 +17,13 @@ try:
 except ImportError:
     raise SystemExit("This example needs Ray: pip install 'qrag-retriever[ray]'") from None
 
-from book import QUESTION, read_chunks
+import book
 from qrag_retriever import QRAGModel, QRAGRetriever
 from qrag_retriever.bulk import embed_dataset, index_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = book.parser(__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of each worker")
     parser.add_argument("--chunks", type=int, help="take the first so many chunks alone")
@@ -38,7 +35,7 @@ def main() -> None:
     if not model.exists():
         QRAGModel.from_encoder(device="cpu").save_pretrained(model)
     if not embedded.exists():
-        chunks = read_chunks()[: arguments.chunks]
+        chunks = book.read_chunks(arguments.book)[: arguments.chunks]
         rows = [{"number": number, "text": text} for number, text in enumerate(chunks)]
         dataset = ray.data.from_items(rows).repartition(4 * arguments.workers)
         embed_dataset(
@@ -48,7 +45,7 @@ def main() -> None:
     dataset = ray.data.read_parquet(str(embedded))
     index = index_of(dataset, QRAGModel.from_pretrained(model), order_by="number")
     print(f"{len(index)} chunks embedded by {arguments.workers} workers")
-    print(QRAGRetriever(index=index).search(QUESTION, k=4))
+    print(QRAGRetriever(index=index).search(arguments.question, k=4))
 
 
 if __name__ == "__main__":

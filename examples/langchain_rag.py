@@ -10,15 +10,13 @@ Without ``--llm`` a stand-in takes the model's place and quotes what it was give
 
 from __future__ import annotations
 
-import argparse
-
 from langchain_core.documents import Document
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompt_values import PromptValue
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import Runnable, RunnableLambda, RunnablePassthrough
 
-from book import MODEL, QUESTION, read_chunks
+import book
 from qrag_retriever.langchain import QRAGRetriever
 
 PROMPT = ChatPromptTemplate.from_template(
@@ -28,15 +26,13 @@ PROMPT = ChatPromptTemplate.from_template(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--question", default=QUESTION)
+    parser = book.parser(__doc__)
     parser.add_argument("--llm", help="name of a chat model; left out: a stand-in")
     parser.add_argument("--base-url", help="address of the server, for models of your own")
     arguments = parser.parse_args()
 
-    retriever = QRAGRetriever.from_texts(read_chunks(), model=MODEL, k=4, show_progress=True)
+    chunks = book.read_chunks(arguments.book)
+    retriever = QRAGRetriever.from_texts(chunks, model=book.MODEL, k=4, show_progress=True)
     chain = (
         {"passages": retriever | join, "question": RunnablePassthrough()}
         | PROMPT

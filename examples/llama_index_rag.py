@@ -10,7 +10,6 @@ OpenAI's protocol.
 
 from __future__ import annotations
 
-import argparse
 import os
 
 import llama_index.core.instrumentation as instrument
@@ -20,7 +19,7 @@ from llama_index.core.llms import LLM, MockLLM
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import TextNode
 
-from book import MODEL, QUESTION, read_chunks
+import book
 from qrag_retriever.llama_index import QRAGRetriever, QRAGStepEvent
 
 
@@ -33,10 +32,7 @@ class PrintSteps(BaseEventHandler):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--question", default=QUESTION)
+    parser = book.parser(__doc__)
     parser.add_argument("--llm", help="name of a chat model; left out: a mock model")
     parser.add_argument("--base-url", default="https://api.openai.com/v1")
     arguments = parser.parse_args()
@@ -44,12 +40,12 @@ def main() -> None:
     instrument.get_dispatcher().add_event_handler(PrintSteps())
     nodes = [
         TextNode(
-            text=text, metadata={"book": "Treasure Island"}, excluded_embed_metadata_keys=["book"]
+            text=text, metadata={"book": arguments.book.stem}, excluded_embed_metadata_keys=["book"]
         )
-        for text in read_chunks()
+        for text in book.read_chunks(arguments.book)
     ]
     retriever = QRAGRetriever.from_defaults(
-        nodes=nodes, model=MODEL, similarity_top_k=4, show_progress=True
+        nodes=nodes, model=book.MODEL, similarity_top_k=4, show_progress=True
     )
     llm = language_model(arguments.llm, arguments.base_url)
     engine = RetrieverQueryEngine.from_args(retriever, llm=llm)

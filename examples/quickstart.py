@@ -1,6 +1,7 @@
 """Ask a whole book a question whose answer lies in two places of it.
 
     python examples/quickstart.py
+    python examples/quickstart.py --book my_book.txt --question "Who …?"
     python examples/quickstart.py --question "How did the blind man die?" --steps 3 --plot steps.png
 
 The first run embeds the book and saves the index; later runs map it from disk. No model hub is
@@ -9,32 +10,28 @@ needed where the extra ``offline`` is installed.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from book import MODEL, QUESTION, read_chunks
+import book
 from qrag_retriever import QRAGRetriever
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--question", default=QUESTION)
+    parser = book.parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="k, the most chunks to retrieve")
     parser.add_argument(
-        "--model", default=MODEL, help="a Q-RAG model or any embedder: folder or hub name"
+        "--model", default=book.MODEL, help="a Q-RAG model or any embedder: folder or hub name"
     )
-    parser.add_argument("--folder", type=Path, help="of the index; default: one for each model")
+    parser.add_argument("--folder", type=Path, help="of the index; default: one for each book")
     parser.add_argument("--plot", type=Path, help="draw Q over the book to this file")
     arguments = parser.parse_args()
 
-    folder = arguments.folder or Path("runs/treasure_island", Path(arguments.model).name)
+    folder = arguments.folder or Path("runs", arguments.book.stem, Path(arguments.model).name)
     if folder.exists():
         retriever = QRAGRetriever.load_local(folder, model=arguments.model)
     else:
         retriever = QRAGRetriever.from_texts(
-            read_chunks(), model=arguments.model, show_progress=True
+            book.read_chunks(arguments.book), model=arguments.model, show_progress=True
         )
         retriever.save_local(folder)
     retriever.k = arguments.steps

@@ -9,33 +9,29 @@ The first run fills the collection the usual way; later runs find it there. It n
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from langchain_qdrant import QdrantVectorStore
 from qdrant_client import QdrantClient, models
 
-from book import MODEL, QUESTION, read_chunks
+import book
 from qrag_retriever import QRAGEmbeddings
 from qrag_retriever.langchain import QRAGRetriever
 
-COLLECTION = "treasure_island"
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--question", default=QUESTION)
+    parser = book.parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="retrieval budget k")
     parser.add_argument(
-        "--model", default=MODEL, help="a Q-RAG model or any embedder: folder or hub name"
+        "--model", default=book.MODEL, help="a Q-RAG model or any embedder: folder or hub name"
     )
     parser.add_argument("--folder", type=Path, default=Path("runs/qdrant"))
     arguments = parser.parse_args()
 
     embeddings = QRAGEmbeddings(arguments.model)
-    store = open_store(embeddings, QdrantClient(path=str(arguments.folder)))
+    chunks = book.read_chunks(arguments.book)
+    client = QdrantClient(path=str(arguments.folder))
+    store = open_store(embeddings, client, arguments.book.stem, chunks)
 
     print("--- in several steps, each one request to the database")
     retriever = QRAGRetriever.from_vector_store(
@@ -44,7 +40,7 @@ def main() -> None:
     print(retriever.search(arguments.question))
 
     print("\n--- in the first half of the book alone: the database's own filters")
-    half = models.FieldCondition(key="metadata.number", range=models.Range(lt=400))
+    half = models.FieldCondition(key="metadata.number", range=models.Range(lt=len(chunks) // 2))
     print(retriever.search(arguments.question, filter=models.Filter(must=[half])))
 
     print("\n--- as a second stage over a retriever that is there already")
@@ -55,16 +51,17 @@ def main() -> None:
         print(f"{document.metadata['number']:>4}  {document.page_content[:80]} …")
 
 
-def open_store(embeddings: QRAGEmbeddings, client: QdrantClient) -> QdrantVectorStore:
+def open_store(
+    embeddings: QRAGEmbeddings, client: QdrantClient, name: str, chunks: list[str]
+) -> QdrantVectorStore:
     """The collection, filled when it is not there: Q is an inner product, so its metric is DOT."""
-    filled = client.collection_exists(COLLECTION)
+    filled = client.collection_exists(name)
     if not filled:
         size = embeddings.model.dimension
         vectors = models.VectorParams(size=size, distance=models.Distance.DOT)
-        client.create_collection(COLLECTION, vectors)
-    store = QdrantVectorStore(client, COLLECTION, embeddings, distance=models.Distance.DOT)
+        client.create_collection(name, vectors)
+    store = QdrantVectorStore(client, name, embeddings, distance=models.Distance.DOT)
     if not filled:
-        chunks = read_chunks()
         store.add_texts(chunks, [{"number": number} for number in range(len(chunks))])
     return store
 
