@@ -61,7 +61,8 @@ class QuantizedRows:
 
     def float(self, out: Tensor | None = None) -> Tensor:
         """The rows in float32, in ``out`` if that is given."""
-        return torch.mul(self.values, self.scales[:, None], out=out)
+        out = self.values.float() if out is None else out.copy_(self.values)
+        return out.mul_(self.scales[:, None])
 
     def products(self, edges: NDArray[np.int64], parts: Tensor, steps: Tensor) -> Tensor:
         """The product of each row with the vectors of its stretch, computed in integers.

@@ -185,9 +185,14 @@ def _products(corpus: _Corpus, block: Rows, edges: NDArray[np.int64], vectors: T
     nodes, states = vectors.shape[1:3]
     columns = _two_at_least(vectors.flatten(1, 2))
     products = vectors.new_empty(len(block), columns.shape[1])
+    numbers, scales = block, None
+    if isinstance(block, QuantizedRows):  # fewer products than rows have numbers
+        numbers, scales = block.values, block.scales[:, None]
     # piece by piece: what was just converted is still in the cache when it is multiplied
     for (first, last), c in zip(itertools.pairwise(edges.tolist()), columns, strict=True):
-        torch.mm(corpus.converted(block[first:last]), c.T, out=products[first:last])
+        torch.mm(corpus.converted(numbers[first:last]), c.T, out=products[first:last])
+    if scales is not None:
+        products.mul_(scales)
     return torch.unflatten(products[:, : nodes * states], 1, (nodes, states))
 
 
