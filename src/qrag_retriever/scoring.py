@@ -141,7 +141,7 @@ def _score_by_runs(
     elif not corpus.in_integers and corpus.n < _LONG * len(_begins(runs)):
         width, nodes = _WIDE
         runs = cut(width)
-    pieces = _cut(runs, np.arange(0, corpus.n, corpus.block_rows(len(states) * nodes)))
+    pieces = _cut(runs, np.arange(0, corpus.n, corpus.piece_rows(len(states) * nodes)))
     short = _SHORT if nodes == 1 else 3 * _SHORT
     if scheme.mode == "relative" and scores.numel() < short * len(pieces.run):
         rho = np.stack([scheme.positions(corpus.n, chunks) for chunks in retrieved])
@@ -331,24 +331,31 @@ class _Corpus:
         self.actions = actions
         self.rows = rows
         self.n = len(actions) if rows is None else len(rows)
+        self._width = actions.shape[1]
         self._converted: Tensor | None = None
         quantized = isinstance(actions, QuantizedRows)
         # a GPU multiplies integers in some shapes alone
         self.in_integers = quantized and actions.device.type == "cpu" and multiplies_integers()
 
     def block_rows(self, columns: int) -> int:
-        """How many rows to take at a time where each of them fills so many temporary columns."""
-        unconverted = self.in_integers or self.actions.dtype == torch.float32
+        """How many rows to read at a time where each of them fills so many temporary columns."""
         if self.in_integers:
             columns *= 8  # two parts of each, as integers and as numbers
-        untouched = self.rows is None and unconverted
-        return max(1, _BLOCK // (columns if untouched else max(columns, self.actions.shape[1])))
+        elif isinstance(self.actions, QuantizedRows):
+            columns *= 2  # of a quarter of the memory, half the blocks are not too large a share
+        # some of the rows may have to be copied
+        return max(1, _BLOCK // (columns if self.rows is None else max(columns, self._width)))
+
+    def piece_rows(self, columns: int) -> int:
+        """How many of those to multiply at a time, which is when they are converted to float32."""
+        unconverted = self.in_integers or self.actions.dtype == torch.float32
+        most = self.block_rows(columns)
+        return most if unconverted else min(most, max(1, _BLOCK // (2 * self._width)))
 
     def converted_rows(self, columns: int) -> int:
-        """The same where the rows themselves are converted to float32 first."""
-        # of a quarter of the memory, blocks of a quarter are the same share
+        """How many rows to read at a time where all of them are converted to float32 first."""
         block = _BLOCK // 4 if isinstance(self.actions, QuantizedRows) else _BLOCK
-        return max(1, block // max(columns, self.actions.shape[1]))
+        return max(1, block // max(columns, self._width))
 
     def read(self, bounds: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64], Tensor | None]:
         """The candidates from ``bounds[0]`` up to ``bounds[-1]``, if possible without a copy.
