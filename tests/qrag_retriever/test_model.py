@@ -12,7 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
 from transformers import BertConfig, BertModel
 
-from qrag_retriever import model_files, offline
+from qrag_retriever import ChunkIndex, QRAGRetriever, model_files, offline
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import (
     ConfigError,
@@ -195,6 +195,23 @@ def test_truncation_is_told_once(tiny_encoder: Path) -> None:
         ids = model.state_ids([("Who?", [long] * 9)])[0]
     assert len(ids) == 64
     np.testing.assert_array_equal(embeddings[0], model.encode_actions([long[:25]])[0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, texts: model.action_ids(texts),
+        lambda model, texts: model.encode_actions(texts),
+        lambda model, texts: ChunkIndex.from_texts(texts, model=model),
+        lambda model, texts: QRAGRetriever.from_texts(texts, model=model),
+    ],
+)
+def test_truncation_is_told_of_the_callers_line(call: Any, tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder, max_chunk_tokens=8)
+    with pytest.warns(TruncationWarning) as told:
+        call(model, ["the dog and the cat and the man and the woman"])
+    place = call.__code__
+    assert (told[0].filename, told[0].lineno) == (place.co_filename, place.co_firstlineno)
 
 
 def test_no_warning_without_truncation(tiny_encoder: Path) -> None:
