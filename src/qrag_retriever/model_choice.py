@@ -12,13 +12,14 @@ from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.model import QRAGModel
 
 
-def resolve_model(model: Any) -> QRAGModel:
+def resolve_model(model: Any, *, trust_remote_code: bool = False) -> QRAGModel:
     """The model that a user names in any of the ways a retriever accepts.
 
     Args:
         model: A model, or what embeds with one (`QRAGEmbedding`, `QRAGEmbeddings`); folder or hub
             name of a Q-RAG model, or of an embedder to use untrained, or such a
             ``SentenceTransformer`` itself; ``None``: multihop-en, which comes with the package.
+        trust_remote_code: Let the code of a model that is loaded run.
 
     Raises:
         InvalidInputError: If it is something else.
@@ -39,7 +40,8 @@ def resolve_model(model: Any) -> QRAGModel:
             "it was loaded from."
         )
     trained = model_files.is_qrag_model(model)
-    return (QRAGModel.from_pretrained if trained else QRAGModel.from_encoder)(model)
+    load = QRAGModel.from_pretrained if trained else QRAGModel.from_encoder
+    return load(model, trust_remote_code=trust_remote_code)
 
 
 def name_of(model: Any) -> str:

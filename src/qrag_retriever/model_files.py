@@ -29,7 +29,7 @@ from sentence_transformers.sentence_transformer.modules import Transformer
 
 from qrag_retriever import compact, offline
 from qrag_retriever.config import QRAGConfig
-from qrag_retriever.errors import InvalidInputError, ModelFormatError
+from qrag_retriever.errors import ConfigError, InvalidInputError, ModelFormatError
 from qrag_retriever.files import sync_file, sync_folder
 from qrag_retriever.fingerprint import Names, write_names
 from qrag_retriever.model_trust import refuse_code, refuse_custom_classes
@@ -43,7 +43,7 @@ CONFIG_FILE = "qrag_config.json"
 
 # Names of what a model folder holds.
 _OF_A_MODEL = re.compile(
-    r"(query|document)_\d+_\w+|README\.md|weights\.safetensors"
+    r"(query|document)_\d+_\w+|.+\.py|README\.md|weights\.safetensors"
     r"|(qrag_config|router_config|modules|config_sentence_transformers|fingerprint|manifest)\.json"
 )
 
@@ -360,11 +360,24 @@ def _write(
     names: Names | None = None,
 ) -> None:
     model.save_pretrained(str(folder), create_model_card=False)
+    _move_code_up(folder)
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
     if names is not None:
         write_names(folder, names)
     card = _CARD.format(name=name, settings=config.to_json())
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _move_code_up(folder: Path) -> None:
+    """Put an encoder's own code, which is saved with the encoder, where loading looks for it."""
+    for file in sorted(folder.glob("*/*.py")):
+        place = folder / file.name
+        if place.exists() and place.read_bytes() != file.read_bytes():
+            raise ConfigError(
+                f"The two encoders bring different code under one name, {file.name}, and cannot be "
+                "saved together; rename one of the files."
+            )
+        file.replace(place)
 
 
 def _in_use(path: Path) -> bool:

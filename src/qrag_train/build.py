@@ -60,6 +60,7 @@ class AdaptConfig:
 
 def build_module(
     encoder: str | None = None,
+    trust_remote_code: bool = False,
     scratch: ScratchConfig | None = None,
     positions: PositionMode | None = None,
     max_steps: int | None = None,
@@ -75,6 +76,7 @@ def build_module(
     Args:
         encoder: Embedder to start from, or a Q-RAG model to train on: folder or hub name. Left
             out: all-MiniLM-L6-v2.
+        trust_remote_code: Let the encoder's own code run.
         scratch: Start from a new encoder of this size instead, its vocabulary from the training
             texts.
         positions: How a chunk's place counts: "relative" to the chunks found so far (long
@@ -93,14 +95,17 @@ def build_module(
 
     Raises:
         ConfigError: If settings contradict each other, or leave nothing to train.
-        ModelFormatError: If the encoder cannot be loaded.
+        ModelFormatError: If the encoder cannot be loaded; UnsafeModelError, one of its kind, if it
+            brings code and ``trust_remote_code`` is off.
     """
     given = {"positions": positions, "max_steps": max_steps}
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     values |= settings or {}
     if scratch is None:
         # a threshold belongs to the weights it was chosen for
-        model = adapted(starting_model(encoder, {"q_threshold": None, **values}), adapt)
+        values.setdefault("q_threshold", None)
+        start = starting_model(encoder, values, trust_remote_code=trust_remote_code)
+        model = adapted(start, adapt)
     else:
         if encoder is not None or texts is None:
             raise ConfigError("A new encoder (scratch) needs texts, and no encoder to start from.")
@@ -118,22 +123,26 @@ def build_module(
     return module
 
 
-def starting_model(encoder: str | None, values: dict[str, Any]) -> QRAGModel:
+def starting_model(
+    encoder: str | None, values: dict[str, Any], *, trust_remote_code: bool = False
+) -> QRAGModel:
     """The model that training starts from, on the CPU.
 
     Args:
         encoder: Embedder or Q-RAG model, folder or hub name; ``None``: all-MiniLM-L6-v2.
         values: Settings that differ from its own.
+        trust_remote_code: Let the encoder's own code run.
 
     Raises:
         ConfigError: If settings do not fit it.
         ModelFormatError: If it cannot be loaded.
     """
+    trusted: dict[str, Any] = {"device": "cpu", "trust_remote_code": trust_remote_code}
     if encoder is not None and is_qrag_model(encoder):
-        model = QRAGModel.from_pretrained(encoder, device="cpu")
+        model = QRAGModel.from_pretrained(encoder, **trusted)
         config = model.config.replace(**values)
         return QRAGModel(model.state_encoder, model.action_encoder, config)
-    return QRAGModel.from_encoder(encoder, device="cpu", **values)
+    return QRAGModel.from_encoder(encoder, **trusted, **values)
 
 
 def _refuse_for_new(adapt: AdaptConfig) -> None:

@@ -42,6 +42,7 @@ def evaluate(
     beams: int = 1,
     baselines: bool = False,
     output: str = "evaluation.json",
+    trust_remote_code: bool = False,
     seed: int = 0,
     **source: Any,
 ) -> None:
@@ -58,6 +59,7 @@ def evaluate(
         baselines: Also judge one step alone (ordinary dense retrieval), and the embedder that the
             model was trained from.
         output: The JSON file.
+        trust_remote_code: Let the model's own code run.
         seed: Of the documents that babilong and ruler make.
         source: What kind of file it is.
     """
@@ -66,14 +68,22 @@ def evaluate(
 
     _refuse_below_one(k=k, beams=beams)
     file, model = _writable(output), model_of(model)
-    judged = resolve_model(model)
+    judged = resolve_model(model, trust_remote_code=trust_remote_code)
     asked = {"data": data, "k": k, "q_threshold": q_threshold, "beams": beams, "seed": seed}
     about = {"model": model, "fingerprint": judged.fingerprint, **asked, **source}
     about |= {"sha256": sha256_of(Path(data))} if Path(data).is_file() else {}
     about["version"] = version("qrag-retriever")
     rows = []
     for name, samples in read_questions(data, seed=seed, **source).items():
-        for row in reports(judged, samples, k, q_threshold, beams, baselines=baselines):
+        for row in reports(
+            judged,
+            samples,
+            k,
+            q_threshold,
+            beams,
+            baselines=baselines,
+            trust_remote_code=trust_remote_code,
+        ):
             rows.append({"data": name, "questions": len(samples), **row})
             with whole_file(file) as new:
                 new.write_text(json.dumps({**about, "rows": rows}, indent=2) + "\n", "utf-8")
@@ -86,6 +96,7 @@ def calibrate(
     data: str | list[str],
     target_em: float | None = None,
     k: int | None = None,
+    trust_remote_code: bool = False,
     seed: int = 1,
     **source: Any,
 ) -> None:
@@ -97,6 +108,7 @@ def calibrate(
             task of ruler, such as ruler:niah_multikey_1. Several of a kind: [a.jsonl,b.jsonl].
         target_em: Choose the fewest steps that reach this Fact-EM; left out: the best Fact-F1.
         k: Budget of a search, which becomes the model's; left out: the model's own.
+        trust_remote_code: Let the model's own code run.
         seed: Of the documents that babilong and ruler make: others than those of evaluate.
         source: What kind of file it is.
     """
@@ -107,7 +119,7 @@ def calibrate(
     model = model_of(model)
     settings = calibration.model_config(model)  # before a long search
     budget = settings.max_steps if k is None else k
-    judged = QRAGModel.from_pretrained(model)
+    judged = QRAGModel.from_pretrained(model, trust_remote_code=trust_remote_code)
     files = [data] if isinstance(data, str) else data
     if not files:
         raise DatasetError("No file is given; name at least one with validation questions.")

@@ -44,6 +44,7 @@ def reports(
     beams: int = 1,
     *,
     baselines: bool = False,
+    trust_remote_code: bool = False,
 ) -> Iterator[dict[str, Any]]:
     """Judge a model on questions.
 
@@ -54,6 +55,7 @@ def reports(
         q_threshold: Threshold of a second row; ``None``: the model's own, if it has one.
         beams: Trajectories followed at once.
         baselines: Add rows for one step alone and for the embedder before training.
+        trust_remote_code: Let that embedder's own code run.
 
     Yields:
         What was done, in words, as ``retrieval``, and the scores.
@@ -69,21 +71,23 @@ def reports(
         stopping = SearchOptions(k, q_threshold, beams)
         searches.append((f"at most {k} steps{plan}, until Q < {q_threshold:.3f}", model, stopping))
     if baselines:
-        searches += _baselines(model, k)
+        searches += _baselines(model, k, trust_remote_code)
     for name, judged, options in searches:
         yield {"retrieval": name, **evaluate(judged, samples, options)}
 
 
-def _baselines(model: QRAGModel, k: int) -> Iterator[tuple[str, QRAGModel, SearchOptions]]:
+def _baselines(
+    model: QRAGModel, k: int, trust_remote_code: bool
+) -> Iterator[tuple[str, QRAGModel, SearchOptions]]:
     once = SearchOptions(k, chunks_per_step=k)
     yield f"the best {k} of one step", model, once
-    before = untrained(model)
+    before = untrained(model, trust_remote_code=trust_remote_code)
     if before is not None:
         yield f"before training, {k} steps", before, SearchOptions(k)
         yield f"before training, the best {k} of one step", before, once
 
 
-def untrained(model: QRAGModel) -> QRAGModel | None:
+def untrained(model: QRAGModel, *, trust_remote_code: bool = False) -> QRAGModel | None:
     """What a model was trained from; ``None`` for random weights, or where it is not to be had.
 
     A model may name a folder of the machine that it was trained on, or a name that stands for the
@@ -96,7 +100,8 @@ def untrained(model: QRAGModel) -> QRAGModel | None:
     name = settings["encoder"]
     problem = f"{name} is a name of the model itself by now."
     try:
-        start = starting_model(name, values).to(model.device)
+        start = starting_model(name, values, trust_remote_code=trust_remote_code)
+        start = start.to(model.device)
         if name is None or not is_qrag_model(name) or not _have_equal_weights(start, model):
             return start
     except ModelFormatError as error:

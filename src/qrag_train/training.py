@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from qrag_train.validation import ValidatedTrainingModule
 
-Preset = Literal["babilong", "hotpotqa", "musique"]
+Preset = Literal["babilong", "hotpotqa", "musique", "hotpotqa_musique"]
 
 _PRESETS = Path(str(resources.files("qrag_train"))) / "presets"
 _INTERRUPTED = 130

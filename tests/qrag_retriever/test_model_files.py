@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
+from own_code import bring_code
 from qrag_retriever import model_files
 from qrag_retriever.errors import (
     ConfigError,
@@ -85,6 +86,56 @@ def test_embedder_with_classes_of_its_own(tiny_sentence_encoder: Path, tmp_path:
     edit(copy / "config.json", auto_map={"AutoModel": "modeling.Custom"})
     with pytest.raises(UnsafeModelError, match=r"modeling\.Custom"):
         QRAGModel.from_encoder(copy)
+
+
+# --- a model with code of its own
+
+
+@pytest.fixture
+def own_encoder(tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    return bring_code(tiny_encoder, tmp_path / "own")
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_code_is_saved_with_the_model(
+    compact: bool, own_encoder: Path, tiny_encoder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnsafeModelError, match=r"asks for the class 'own\.OwnConfig'"):
+        QRAGModel.from_encoder(own_encoder, device="cpu")
+    model = QRAGModel.from_encoder(own_encoder, device="cpu", trust_remote_code=True)
+    plain = QRAGModel.from_encoder(tiny_encoder, device="cpu")
+    expected = plain.encode_actions(CHUNKS)
+    np.testing.assert_array_equal(model.encode_actions(CHUNKS), expected)
+    folder = model.save_pretrained(tmp_path / "model", compact=compact)
+    with pytest.raises(UnsafeModelError, match=r"own\.py"):
+        load(folder)
+    again = load(folder, trust_remote_code=True)
+    assert type(again.action_encoder.transformer.model).__name__ == "OwnModel"
+    difference = again.encode_actions(CHUNKS) - expected
+    assert np.abs(difference).max() <= (0.02 if compact else 0)
+    if not compact:
+        whole = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
+        np.testing.assert_allclose(whole.encode_document(CHUNKS) * 0.1, expected, atol=1e-6)
+    # another model in its place leaves no code behind
+    plain.save_pretrained(folder)
+    np.testing.assert_array_equal(load(folder).encode_actions(CHUNKS), expected)
+
+
+def test_encoders_with_different_code_of_one_name(own_encoder: Path, tmp_path: Path) -> None:
+    other = bring_code(own_encoder, tmp_path / "other")
+    with (other / "own.py").open("a") as code:
+        code.write("# another version\n")
+    first, second = (
+        QRAGModel.from_encoder(folder, device="cpu", trust_remote_code=True)
+        for folder in (own_encoder, other)
+    )
+    model = QRAGModel(first.state_encoder, second.action_encoder, first.config)
+    with pytest.raises(ConfigError, match=r"different code under one name, own\.py"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 # --- what is damaged

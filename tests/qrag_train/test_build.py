@@ -3,11 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import COLOURS, tiny_model
+from tiny import COLOURS, tiny_model, write_questions
 from torch import nn
 
-from qrag_retriever.errors import ConfigError
+from own_code import bring_code
+from qrag_retriever.errors import ConfigError, UnsafeModelError
 from qrag_train.build import AdaptConfig, adapted, build_module, merge_lora
+from qrag_train.cli import main
 from qrag_train.scratch import ScratchConfig
 from qrag_train.settings import PQNConfig
 
@@ -45,6 +47,27 @@ def test_training_goes_on_from_a_model_with_its_settings(tmp_path: Path) -> None
     assert (same.positions, same.max_steps) == ("relative", 3)
     changed = build_module(str(folder), positions="none", max_steps=6).model.config
     assert (changed.positions, changed.max_steps) == ("none", 6)
+
+
+def test_an_encoder_with_code_of_its_own_has_to_be_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
+    tiny_model(tmp_path / "encoder")
+    own = bring_code(tmp_path / "encoder", tmp_path / "own")
+    with pytest.raises(UnsafeModelError, match="Pass trust_remote_code=True"):
+        build_module(str(own))
+    model = build_module(str(own), trust_remote_code=True, max_steps=2).model
+    folder = str(model.save_pretrained(tmp_path / "model"))
+    questions = str(write_questions(tmp_path / "questions.jsonl", 50))
+    output = f"--output={tmp_path / 'evaluation.json'}"
+    for command, *options in (["evaluate", output], ["calibrate"]):
+        assert main([command, folder, questions, *options]) == 1
+        assert "trust_remote_code" in capsys.readouterr().err
+        assert main([command, folder, questions, *options, "--trust_remote_code=true"]) == 0
+    assert build_module(folder, trust_remote_code=True).model.config.max_steps == 2
 
 
 def test_a_threshold_is_not_passed_on_to_other_weights(tmp_path: Path) -> None:

@@ -301,6 +301,7 @@ def printed_config(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> 
         ("babilong", 0.01, 0.65, 5e-5, 6),
         ("hotpotqa", 0.05, 0.5, 1.5e-5, 2),
         ("musique", 0.005, 0.6, 1e-5, 4),
+        ("hotpotqa_musique", 0.005, 0.6, 5e-6, 6),
     ],
 )
 def test_presets(
