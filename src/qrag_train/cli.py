@@ -283,6 +283,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    format_of_python = warnings.formatwarning
+    warnings.formatwarning = _warning  # no place in the code: the reader wrote none of it
     try:
         if arguments and arguments[0] in TRAINING_COMMANDS:
             _training(arguments)
@@ -292,7 +294,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QRAGError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = format_of_python
     return 0
+
+
+def _warning(message: Warning | str, *_: object, **__: object) -> str:
+    return f"warning: {message}\n"
 
 
 def _refuse_names_of_fit(arguments: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -585,6 +586,23 @@ def test_calibrate_writes_the_threshold_into_the_model(
     unreachable = ["--target_em=1.1", "--k=1"]
     assert main(["calibrate", str(model), str(whole.parent / "val.jsonl"), *unreachable]) == 1
     assert "target_em=1.1 is not reached" in capsys.readouterr().err
+
+
+def test_a_warning_is_told_without_a_place_in_the_code(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(whole / "model", model)
+    before, told = warnings.formatwarning, []
+
+    def show(message: Warning, category: type[Warning], file: str, line: int, *_: object) -> None:
+        told.append(warnings.formatwarning(message, category, file, line))
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    assert main(["calibrate", str(model), str(whole.parent / "val.jsonl")]) == 0
+    assert len(told) == 1
+    assert re.fullmatch(r"warning: 12 questions choose a threshold badly; [^\n]*\n", told[0])
+    assert warnings.formatwarning is before
 
 
 def test_calibrate_refuses_what_it_cannot_write_into_before_it_searches(
