@@ -24,7 +24,7 @@ def excerpt(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Some chapters with both places that answer the question: they take less time than all."""
     chapters = re.split(r"\n\d+\n", (EXAMPLES / "data" / "treasure_island.txt").read_text("utf-8"))
     file = tmp_path_factory.mktemp("book") / "excerpt.txt"
-    file.write_text("\n".join(chapters[number] for number in (1, 15, 32, 33, 34)), "utf-8")
+    file.write_text("\n".join(chapters[number] for number in (15, 33, 34)), "utf-8")
     return str(file)
 
 
@@ -76,7 +76,7 @@ def test_a_vector_database_gives_the_same_steps(excerpt, tmp_path):
         assert evidence in second
     numbers = [int(line.split()[3]) for line in half.splitlines() if line[:4].strip().isdigit()]
     assert len(numbers) == 4
-    assert max(numbers) < 61
+    assert max(numbers) < 37
     # the second run finds the collection and asks it the same
     assert run("vector_store.py", "--book", excerpt, folder=tmp_path) == first
 

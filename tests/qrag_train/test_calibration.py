@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> QRAGModel:
     return tiny_model(tmp_path_factory.mktemp("encoder"), "relative", scale=0.2)
 
 
+@functools.cache  # one of its searches for each threshold there is takes seconds
 def brute_force(model: QRAGModel, k: int) -> list[dict[str, float]]:
     """Every threshold that could make a difference, by searching again with each."""
     beams = search_samples(model, SAMPLES, SearchOptions(k))
