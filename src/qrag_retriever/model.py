@@ -36,6 +36,9 @@ State = tuple[str, Sequence[str]]
 # The released code divides mean-pooled embeddings by 10, so that Q starts in the range of rewards.
 _UNNORMALIZED_SCALE = 0.1
 
+# Tokenizers that differ in vocabulary, case, accents or scripts read it differently.
+_SPECIMEN = "Zoë's café (est. 1,987) isn't in São Paulo; ΑΘΗΝΑ, Москва and 東京 have_none of them."
+
 
 class QRAGModel(nn.Module):
     """Q(s, a) = ⟨E_s(s), R(ρ) E_a(a)⟩: the two encoders E_s, E_a and how to use them.
@@ -253,9 +256,12 @@ class QRAGModel(nn.Module):
         return self._kept_fingerprint or self._own_fingerprint()
 
     def _own_fingerprint(self) -> str:
-        config = self.config
-        return self.action_encoder.digest(
-            prompt=config.chunk_prompt, scale=config.scale, limit=self._chunk_limit
+        config, encoder = self.config, self.action_encoder
+        return encoder.digest(
+            prompt=config.chunk_prompt,
+            scale=config.scale,
+            limit=self._chunk_limit,
+            tokens=[encoder.prefix, *encoder.tokenize([_SPECIMEN]), encoder.suffix],
         )
 
     def place(

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from qrag_retriever import ChunkIndex, QRAGRetriever, model_files, offline
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import (
     ConfigError,
+    FingerprintMismatchError,
     InvalidInputError,
     ModelFormatError,
     TruncationWarning,
@@ -286,6 +289,27 @@ def test_fingerprint_names_what_makes_action_embeddings(tiny_encoder: Path) -> N
     assert len({name, *others}) == len(others) + 1
     shift_weights(model.action_encoder)
     assert model.fingerprint != name
+
+
+@pytest.mark.parametrize("change", ["case", "vocabulary", "special tokens"])
+def test_fingerprint_knows_the_tokenizer(change: str, tiny_encoder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "encoder"
+    shutil.copytree(tiny_encoder, folder)
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    if change == "case":
+        tokenizer["normalizer"]["lowercase"] = False
+    elif change == "vocabulary":
+        words = tokenizer["model"]["vocab"]
+        words["a"], words["the"] = words["the"], words["a"]
+        words["##a"], words["##e"] = words["##e"], words["##a"]
+    else:
+        tokenizer["post_processor"]["single"].pop()
+    file.write_text(json.dumps(tokenizer))
+    index = ChunkIndex.from_texts(["the cat"], model=fresh(tiny_encoder))
+    index.save(tmp_path / "index")
+    with pytest.raises(FingerprintMismatchError):
+        ChunkIndex.load(tmp_path / "index", model=fresh(folder))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
