@@ -27,10 +27,10 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--gpus", type=float, default=0, help="GPUs of each worker")
     parser.add_argument("--chunks", type=int, help="take the first so many chunks alone")
-    parser.add_argument("--folder", type=Path, default=Path("runs/bulk"))
+    parser.add_argument("--folder", type=Path, help="default: one for each book")
     arguments = parser.parse_args()
 
-    folder = arguments.folder.resolve()
+    folder = (arguments.folder or Path("runs/bulk", arguments.book.stem)).resolve()
     model, embedded = folder / "model", folder / "embedded"
     if not model.exists():
         QRAGModel.from_encoder(device="cpu").save_pretrained(model)
