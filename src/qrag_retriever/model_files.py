@@ -43,7 +43,7 @@ CONFIG_FILE = "qrag_config.json"
 
 # Names of what a model folder holds.
 _OF_A_MODEL = re.compile(
-    r"(query|document)_\d+_\w+|.+\.py|README\.md|weights\.safetensors"
+    r"(query|document)_\d+_\w+|README\.md|weights\.safetensors"
     r"|(qrag_config|router_config|modules|config_sentence_transformers|fingerprint|manifest)\.json"
 )
 

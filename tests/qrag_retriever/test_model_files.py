@@ -119,8 +119,11 @@ def test_code_is_saved_with_the_model(
     if not compact:
         whole = SentenceTransformer(str(folder), device="cpu", trust_remote_code=True)
         np.testing.assert_allclose(whole.encode_document(CHUNKS) * 0.1, expected, atol=1e-6)
-    # another model in its place leaves no code behind
+    # it may be someone's own file, so another model in its place leaves it, and says what to do
     plain.save_pretrained(folder)
+    with pytest.raises(UnsafeModelError, match=r"own\.py.*Remove the file"):
+        load(folder)
+    (folder / "own.py").unlink()
     np.testing.assert_array_equal(load(folder).encode_actions(CHUNKS), expected)
 
 
