@@ -25,6 +25,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def read_chunks(file: Path, words: int = 70) -> list[str]:
     """Split a text into chunks of whole sentences, each of at least so many words."""
+    if not file.is_file():
+        raise SystemExit(f"{file} is no file; give --book a text, UTF-8.")
     text = " ".join(file.read_text(encoding="utf-8").split())
     chunks, current = [], ""
     for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"'])\s+", text):
