@@ -20,7 +20,7 @@ from qrag_train.data import (
     hide_story,
     split_sentences,
 )
-from qrag_train.data.source import books
+from qrag_train.data.background import books
 
 BOOKS = Path(__file__).resolve().parents[3] / "shared" / "data" / "books"
 STORY = SupportSample("s", "Where?", ("one.", "two.", "three."), (2, 0), "there")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,11 @@ from tiny import write_questions
 from qrag_retriever.errors import DatasetError
 from qrag_train.cli import read_questions
 from qrag_train.data import BackgroundText
+from qrag_train.data.background import mimicked, thinned
 from qrag_train.data.datamodule import SupportDataModule
 from qrag_train.data.sample import FixedSamples
 from qrag_train.data.simulator import OBJECTS, PLACES
-from qrag_train.data.source import SourceConfig, thinned
+from qrag_train.data.source import SourceConfig
 
 
 @pytest.fixture
@@ -60,6 +62,10 @@ def test_what_a_source_cannot_have(files: list[str]) -> None:
         SourceConfig(files[0], "linked", limit=5)
     with pytest.raises(DatasetError, match=r"background_people belongs .* leave it out"):
         SourceConfig("ruler:niah_single_1", "ruler", background="books", background_people=True)
+    with pytest.raises(DatasetError, match=r"background_lookalikes belongs .* leave it out"):
+        SourceConfig("a.jsonl", background_lookalikes=0.1)
+    with pytest.raises(DatasetError, match=r"background_lookalikes=1.0 is not allowed; give a sh"):
+        SourceConfig("a", "babilong", background="books", background_lookalikes=1.0)
 
 
 def test_sources_are_mixed_by_weight(files: list[str]) -> None:
@@ -181,3 +187,38 @@ def test_a_limit_takes_the_first_questions(files: list[str]) -> None:
     assert list(SourceConfig(files[0], limit=99).open()) == every
     with pytest.raises(DatasetError, match="give 1 or more"):
         SourceConfig(files[0], limit=0)
+
+
+def test_lookalikes_are_facts_of_things_that_no_story_knows(tmp_path: Path) -> None:
+    book = ["They stood before the stable, cold.", "In the kitchen.", "Not in the rain!"] * 300
+    (tmp_path / "book.txt").write_text("\n\n".join(book))
+    settings: dict[str, Any] = {"background": str(tmp_path), "sentences": (600, 600)}
+    plain, changed = (
+        SourceConfig("simulated:2", "babilong", background_lookalikes=share, **settings)
+        .open()
+        .sample(np.random.default_rng(0))
+        for share in (0.0, 0.25)
+    )
+    assert (plain.question, plain.support) == (changed.question, changed.support)
+    made_up = [a for b, a in zip(plain.chunks, changed.chunks, strict=True) if a != b]
+    assert 0.15 < len(made_up) / 600 < 0.35
+    kinds = [  # sentences of bAbI's but for the noun
+        re.compile(rf"^\w+ (?:{verbs}) the \w+{rest}\.$")
+        for verbs, rest in (
+            ("journeyed to|moved to|travelled to|went back to|went to", ""),
+            ("got|grabbed|picked up|took|discarded|dropped|left|put down", "(?: there)?"),
+            ("gave|handed|passed", r" to \w+"),
+        )
+    ]
+    assert {sum(bool(kind.match(fact)) for kind in kinds) for fact in made_up} == {1}
+    assert all(any(kind.match(fact) for fact in made_up) for kind in kinds)
+    assert {re.findall(r"the (\w+)", fact)[0] for fact in made_up} == {"stable", "rain"}
+    # Another document finds the same sentences in the same places.
+    whole = BackgroundText([*book])
+    assert mimicked(whole, 0.25).sentences == mimicked(whole, 0.25).sentences
+    assert sum(map(str.__ne__, mimicked(whole, 0.25).sentences, book)) == 225
+
+
+def test_books_without_nouns_make_no_lookalikes() -> None:
+    with pytest.raises(DatasetError, match=r"no noun.*leave background_lookalikes out"):
+        mimicked(BackgroundText(["It rained.", "He left the kitchen."]), 0.5)

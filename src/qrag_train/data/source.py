@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -13,6 +10,7 @@ from typing import Literal
 from qrag_retriever.errors import DatasetError
 from qrag_train.data.babi import read_babi
 from qrag_train.data.babilong import BabiLong
+from qrag_train.data.background import books
 from qrag_train.data.books import BackgroundText
 from qrag_train.data.hotpotqa import read_hotpotqa
 from qrag_train.data.jsonl import read_corpus_jsonl, read_documents_jsonl
@@ -20,7 +18,7 @@ from qrag_train.data.linked import LinkedPassages, read_passages
 from qrag_train.data.musique import read_musique
 from qrag_train.data.ruler import Ruler, read_words
 from qrag_train.data.sample import SampleList, SampleSource, SupportSample
-from qrag_train.data.simulator import OBJECTS, PEOPLE, PLACES, BabiSimulator
+from qrag_train.data.simulator import OBJECTS, PLACES, BabiSimulator
 from qrag_train.data.squad import read_squad
 from qrag_train.data.twowiki import read_twowiki
 
@@ -35,7 +33,6 @@ _READERS = {
     "2wiki": read_twowiki,
     "squad": read_squad,
 }
-_HE = re.compile(r"^(?:He|She)\b")
 _SIMULATED = "simulated:"
 _RULER = "ruler:"
 _NEEDED = (("corpus", "corpus"), ("babilong", "background"), ("ruler", "background"))
@@ -60,6 +57,9 @@ class SourceConfig:
         background_people: For ``babilong``: let sentences of the books that begin with "He" or
             "She" name a person of the stories instead, as some sentences of unseen books will;
             to train on, for they read like facts.
+        background_lookalikes: For ``babilong``: the share of the books' sentences in whose place
+            a made-up one stands that reads like a fact, but of other things or places than the
+            stories', such as "Mary went back to the stable."; to train on.
         sentences: For ``babilong``: least and greatest number of chunks of a document.
         moves: For ``simulated``: how much more often people move than in bAbI's files, which
             makes the ways longer that a question asks for.
@@ -83,6 +83,7 @@ class SourceConfig:
     background: str | None = None
     background_sentences: int | None = None
     background_people: bool = False
+    background_lookalikes: float = 0.0
     sentences: tuple[int, int] = (60, 90)
     moves: int = 1
     places: int = len(PLACES)
@@ -104,10 +105,16 @@ class SourceConfig:
                 f"Questions of the format {self.format!r} have no corpus; give {self.file} "
                 "format='corpus', or leave corpus out."
             )
-        if self.background_people and self.format != "babilong":
+        for name in ("background_people", "background_lookalikes"):
+            if getattr(self, name) and self.format != "babilong":
+                raise DatasetError(
+                    f"{name} belongs to the format 'babilong'; leave it out beside "
+                    f"{self.file}, whose format is {self.format!r}."
+                )
+        if not 0 <= self.background_lookalikes < 1:
             raise DatasetError(
-                "background_people belongs to the format 'babilong'; leave it out beside "
-                f"{self.file}, whose format is {self.format!r}."
+                f"background_lookalikes={self.background_lookalikes} is not allowed; give a share "
+                "of at least 0 and below 1."
             )
         endless = self.format in ("linked", "ruler") or self.file.startswith(_SIMULATED)
         if self.limit is not None and endless:
@@ -130,7 +137,10 @@ class SourceConfig:
             return read_corpus_jsonl(str(self.corpus), self.file)[: self.limit]
         if self.format in ("babilong", "ruler"):
             background = books(
-                Path(str(self.background)), self.background_sentences, self.background_people
+                Path(str(self.background)),
+                self.background_sentences,
+                self.background_people,
+                self.background_lookalikes,
             )
             if self.format == "ruler":
                 return self._ruler(background)
@@ -156,32 +166,6 @@ class SourceConfig:
         return Ruler(task, self.tokens, background, words=words, questions=questions)
 
 
-def books(folder: Path, sentences: int | None = None, people: bool = False) -> BackgroundText:
-    """The background that a folder holds, read once for all sources that share it.
-
-    Args:
-        folder: The books.
-        sentences: Take so many, evenly spread; ``None``: all.
-        people: Name people of bAbI's stories where sentences begin with "He" or "She".
-
-    Raises:
-        DatasetError: As `BackgroundText.from_folder`.
-    """
-    files = sorted(folder.glob("*.txt"))
-    state = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    return _books(folder, state, sentences, people)
-
-
-@functools.lru_cache(maxsize=8)
-def _books(
-    folder: Path, state: tuple[object, ...], sentences: int | None, people: bool
-) -> BackgroundText:
-    if people:
-        return peopled(_books(folder, state, sentences, False))
-    background = BackgroundText.from_folder(folder)
-    return background if sentences is None else thinned(background, sentences)
-
-
 def stories(
     name: str, moves: int = 1, places: int = len(PLACES), things: int = len(OBJECTS)
 ) -> SampleSource:
@@ -204,32 +188,3 @@ def stories(
             f"{name!r} names no task; give {_SIMULATED}1 to {_SIMULATED}5 or {_SIMULATED}14."
         )
     return BabiSimulator(int(task), moves, places, things)
-
-
-def thinned(background: BackgroundText, count: int) -> BackgroundText:
-    """``count`` sentences of a background in runs of 20 that are spread evenly over it.
-
-    Example:
-        >>> len(thinned(BackgroundText([str(i) for i in range(1000)]), 100).sentences)
-        100
-    """
-    sentences, run = background.sentences, 20
-    if count >= len(sentences):
-        return background
-    runs = -(-count // run)
-    starts = [(len(sentences) - run) * i // max(runs - 1, 1) for i in range(runs)]
-    kept = [sentence for start in starts for sentence in sentences[start : start + run]]
-    return BackgroundText(kept[:count])
-
-
-def peopled(background: BackgroundText) -> BackgroundText:
-    """A background whose sentences that begin with "He" or "She" name people of bAbI's stories.
-
-    Example:
-        >>> peopled(BackgroundText(["He left.", "It rained.", "She ran."])).sentences
-        ('Daniel left.', 'It rained.', 'John ran.')
-    """
-    names = itertools.cycle(PEOPLE)
-    return BackgroundText(
-        [_HE.sub(lambda _: next(names), sentence) for sentence in background.sentences]
-    )
