@@ -311,7 +311,7 @@ def _score_by_row(
 def _score_absolute(scores: Tensor, states: Tensor, corpus: _Corpus, base: float) -> None:
     """Turn every block by the same angles: ``⟨s, R(b + i)a⟩ = ⟨R(-b)s, R(i)a⟩``."""
     dimension = states.shape[1]
-    here = torch.arange(min(corpus.n, corpus.converted_rows(dimension)), device=states.device)
+    here = torch.arange(min(corpus.n, corpus.piece_rows(dimension)), device=states.device)
     angles = phases(here, dimension, base).to(torch.complex64)
     for part, block in corpus.blocks(columns=dimension):
         vectors = _two_at_least(rotate(states, -here.new_tensor(part.start), base))
@@ -352,11 +352,6 @@ class _Corpus:
         most = self.block_rows(columns)
         return most if unconverted else min(most, max(1, _BLOCK // (2 * self._width)))
 
-    def converted_rows(self, columns: int) -> int:
-        """How many rows to read at a time where all of them are converted to float32 first."""
-        block = _BLOCK // 4 if isinstance(self.actions, QuantizedRows) else _BLOCK
-        return max(1, block // max(columns, self._width))
-
     def read(self, bounds: NDArray[np.int64]) -> tuple[Rows, NDArray[np.int64], Tensor | None]:
         """The candidates from ``bounds[0]`` up to ``bounds[-1]``, if possible without a copy.
 
@@ -377,7 +372,7 @@ class _Corpus:
 
     def blocks(self, columns: int) -> Iterator[tuple[slice, Tensor]]:
         """All candidates in float32, block by block."""
-        block_rows = self.converted_rows(columns)
+        block_rows = self.piece_rows(columns)
         for first in range(0, self.n, block_rows):
             last = min(first + block_rows, self.n)
             block, _, places = self.read(np.array([first, last]))
