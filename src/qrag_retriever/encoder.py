@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -30,8 +28,6 @@ TokenIds = Sequence[int]
 CPU_BATCH_TOKENS = 1024
 _CPU_BATCH_NUMBERS = 1 << 18
 GPU_BATCH_TOKENS = 65536
-
-_PACKAGES = ("qrag_retriever", "qrag_train")
 
 
 class Encoder(nn.Module):
@@ -310,23 +306,3 @@ def is_normalized(modules: Sequence[nn.Module]) -> bool:
 
 def _is_normalize(module: nn.Module) -> bool:
     return isinstance(module, Normalize)
-
-
-class WarnOnce:
-    """Issues each warning a single time for the object that owns it."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def __call__(self, key: str, message: str, category: type[Warning]) -> None:
-        """Warn with ``message`` unless ``key`` was warned of before.
-
-        The warning names the line of the caller's own code that led to it, where it can be mended.
-        """
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        level, frame = 1, sys._getframe()  # noqa: SLF001
-        while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in _PACKAGES:
-            level, frame = level + 1, frame.f_back
-        warnings.warn(message, category, stacklevel=level)

@@ -16,10 +16,11 @@ from torch import nn
 from qrag_retriever import model_files
 from qrag_retriever.compiled import check_backend
 from qrag_retriever.config import QRAGConfig
-from qrag_retriever.encoder import Encoder, WarnOnce, is_normalized, with_pooling
+from qrag_retriever.encoder import Encoder, is_normalized, with_pooling
 from qrag_retriever.errors import ConfigError, TruncationWarning
 from qrag_retriever.fingerprint import Names, read_names
 from qrag_retriever.state import StateLayout, check_chunks, check_query
+from qrag_retriever.warn_once import WarnOnce
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

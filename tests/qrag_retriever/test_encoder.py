@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
-from qrag_retriever.encoder import Encoder, WarnOnce, is_normalized, with_pooling
-from qrag_retriever.errors import ConfigError, TruncationWarning
+from qrag_retriever.encoder import Encoder, is_normalized, with_pooling
+from qrag_retriever.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -231,14 +230,3 @@ def test_modules_that_are_no_encoder(encoder: Encoder) -> None:
         Encoder([Pooling(32)])
     with pytest.raises(ConfigError, match="not with nothing"):
         Encoder([])
-
-
-def test_warn_once() -> None:
-    warn = WarnOnce()
-    with pytest.warns(TruncationWarning, match="first"):
-        warn("a", "first", TruncationWarning)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn("a", "second", TruncationWarning)
-    with pytest.warns(TruncationWarning, match="third"):
-        warn("b", "third", TruncationWarning)
