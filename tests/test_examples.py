@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -28,48 +29,58 @@ def excerpt(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(file)
 
 
-def run(script: str, *arguments: str, folder: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
-        cwd=folder,
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs an example in a folder of its own, in this process: it has imported the packages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+    def run(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_quickstart_finds_what_one_step_misses(run, excerpt, tmp_path):
+    first = subprocess.run(
+        [sys.executable, EXAMPLES / "quickstart.py", "--book", excerpt, "--plot", "steps.png"],
+        cwd=tmp_path,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
         timeout=600,
         check=False,
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_quickstart_finds_what_one_step_misses(excerpt, tmp_path):
-    first = run("quickstart.py", "--book", excerpt, "--plot", "steps.png", folder=tmp_path)
+    assert first.returncode == 0, first.stderr
     assert (tmp_path / "steps.png").stat().st_size > 10_000
-    several, one, *_ = first.split("\n--- ")[1:]
+    several, one, *_ = first.stdout.split("\n--- ")[1:]
     for evidence in ("Ben Gunn", "That was Flint's treasure"):
         assert evidence in several
     assert "That was Flint's treasure" not in one
     # the second run maps the saved index and finds the same
-    again = run("quickstart.py", "--book", excerpt, folder=tmp_path)
+    again = run("quickstart.py", "--book", excerpt)
     assert again.split("\n--- ")[1] == several
 
 
-def test_langchain_chain_gets_the_passages(excerpt, tmp_path):
-    answer = run("langchain_rag.py", "--book", excerpt, folder=tmp_path)
+def test_langchain_chain_gets_the_passages(run, excerpt):
+    answer = run("langchain_rag.py", "--book", excerpt)
     assert "That was Flint's treasure" in answer
 
 
-def test_llama_index_engine_reports_its_steps(excerpt, tmp_path):
-    answer = run("llama_index_rag.py", "--book", excerpt, folder=tmp_path)
+def test_llama_index_engine_reports_its_steps(run, excerpt):
+    answer = run("llama_index_rag.py", "--book", excerpt)
     assert [line.split(":")[0] for line in answer.splitlines()[:4]] == [
         f"step {number}" for number in (1, 2, 3, 4)
     ]
     assert "That was Flint's treasure" in answer
 
 
-def test_a_vector_database_gives_the_same_steps(excerpt, tmp_path):
+def test_a_vector_database_gives_the_same_steps(run, excerpt):
     pytest.importorskip("langchain_qdrant")
-    first = run("vector_store.py", "--book", excerpt, folder=tmp_path)
+    first = run("vector_store.py", "--book", excerpt)
     several, half, second = first.split("--- ")[1:]
     for evidence in ("Ben Gunn", "That was Flint's treasure"):
         assert evidence in several
@@ -78,11 +89,11 @@ def test_a_vector_database_gives_the_same_steps(excerpt, tmp_path):
     assert len(numbers) == 4
     assert max(numbers) < 37
     # the second run finds the collection and asks it the same
-    assert run("vector_store.py", "--book", excerpt, folder=tmp_path) == first
+    assert run("vector_store.py", "--book", excerpt) == first
 
 
-def test_finetuning_ends_with_a_model_in_both_frameworks(tmp_path):
-    out = run("finetune_on_your_corpus.py", "--updates", "2", folder=tmp_path)
+def test_finetuning_ends_with_a_model_in_both_frameworks(run, tmp_path):
+    out = run("finetune_on_your_corpus.py", "--updates", "2")
     parts = out.split("--- ")
     assert "3 notes in steps: Fact-EM" in parts[1]
     assert parts[3].startswith("the trained model")
