@@ -16,7 +16,12 @@ from typing_extensions import Self, TypedDict, Unpack
 from qrag_retriever.constructors import ALIASES, Constructors, resolve_aliases
 from qrag_retriever.corpus import AllOf, Corpus
 from qrag_retriever.engine import MultiStepRetriever
-from qrag_retriever.errors import IndexFormatError, InvalidInputError, QRAGError
+from qrag_retriever.errors import (
+    FingerprintMismatchError,
+    IndexFormatError,
+    InvalidInputError,
+    QRAGError,
+)
 from qrag_retriever.files import whole_file
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel
@@ -24,6 +29,7 @@ from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.second_stage import SecondStage
+from qrag_retriever.state import check_query
 
 if TYPE_CHECKING:
     from qrag_retriever.trajectory import Step, Trajectory
@@ -209,6 +215,7 @@ class RetrieverAdapter(Constructors):
         Raises:
             InvalidInputError: If the folder holds something else under the names of index, model or
                 settings, or the index cannot be saved. Nothing has changed then.
+            FingerprintMismatchError: If the model has changed since the index was made. Likewise.
             OSError: If the folder cannot be written to, or the disk is full. Likewise.
         """
         folder = Path(folder_path).expanduser()
@@ -225,6 +232,11 @@ class RetrieverAdapter(Constructors):
             raise InvalidInputError(
                 f"{target} holds another model, which save_local did not write, and is left as it "
                 "is; give another folder, or include_model=False."
+            )
+        if include_model and not self.index.is_of(self.model):
+            raise FingerprintMismatchError(
+                "The model has changed since the index was made, and the two would not fit when "
+                "they are loaded. Make the index again, or save with include_model=False."
             )
         entry = (_WRITTEN if ours or not there else _FOUND) if include_model or there else None
         saved = {**self._search_settings(), **self._extra_settings(), _MODEL_ENTRY: entry}
@@ -271,13 +283,25 @@ class RetrieverAdapter(Constructors):
         index = ChunkIndex.load(folder / "index", model=loaded)
         return cls(index=index, **{**saved, **settings})  # type: ignore[call-arg]
 
-    async def _prepared(self, queries: Iterable[str]) -> Self:
+    async def _prepared(self, queries: Sequence[str]) -> Self:
         """This retriever; where another one has to be asked first, a copy that has the answers."""
         if not isinstance(self.index, SecondStage):
             return self
+        self._check_call(queries, {})
+        return self._over(await self.index.fetched(queries))
+
+    def _over(self, index: Corpus) -> Self:
+        """A copy of this retriever over another corpus."""
         twin = copy.copy(self)
-        twin.__dict__["index"] = await self.index.fetched(queries)
+        twin.__dict__["index"] = index
         return twin
+
+    def _check_call(self, queries: Iterable[str], overrides: Mapping[str, Any]) -> None:
+        """Refuse what a search would refuse, before another retriever is asked."""
+        options, selection = self._call_settings(overrides)
+        self.index.check(options, selection["filter"])
+        for query in queries:
+            check_query(query)
 
     @property
     def _engine(self) -> MultiStepRetriever:
@@ -285,7 +309,7 @@ class RetrieverAdapter(Constructors):
 
     def _check_settings(self) -> None:
         """Refuse settings that no call could use, and an index of another model."""
-        SearchOptions(**self._search_settings())
+        self.index.check(SearchOptions(**self._search_settings()), self.filter)
         self._engine  # noqa: B018 (checks that model and index belong together)
 
     def _search_settings(self) -> dict[str, Any]:

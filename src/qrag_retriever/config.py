@@ -7,6 +7,8 @@ import json
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from qrag_retriever.errors import ConfigError, ModelFormatError
 from qrag_retriever.positions import PositionMode, PositionScheme
 
@@ -48,7 +50,7 @@ class QRAGConfig:
         training: What the model was trained on and how, for the reader.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is of the wrong type or out of range.
 
     Example:
         >>> QRAGConfig(positions="relative", max_steps=6).position_scheme.mode
@@ -75,6 +77,9 @@ class QRAGConfig:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).copy().items():
+            if isinstance(value, np.generic):  # which JSON does not know
+                object.__setattr__(self, name, value.item())
         _require(self.positions in ("none", "absolute", "relative"), self, "positions")
         _require(self.state_order in ("document", "retrieval"), self, "state_order")
         _require(_positive(self.position_step), self, "position_step")
@@ -94,7 +99,15 @@ class QRAGConfig:
             _require(limit is None or _integer(limit, least=4), self, name)
         for name in ("query_prompt", "chunk_prompt"):
             _require(isinstance(getattr(self, name), str), self, name)
-        _require(self.q_threshold is None or not math.isnan(self.q_threshold), self, "q_threshold")
+        for name in ("position_endpoint", "truncate_positions"):
+            _require(isinstance(getattr(self, name), bool), self, name)
+        _require(isinstance(self.training, dict), self, "training")
+        threshold = self.q_threshold
+        _require(
+            threshold is None or (_is_number(threshold) and not math.isnan(threshold)),
+            self,
+            "q_threshold",
+        )
 
     @property
     def position_scheme(self) -> PositionScheme:
@@ -174,11 +187,18 @@ _ALLOWED = {
     "chunk_prompt": "a text",
     "max_steps": "an integer of at least 1",
     "q_threshold": "a number or None",
+    "position_endpoint": "True or False",
+    "truncate_positions": "True or False",
+    "training": "a dict",
 }
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+    return _is_number(value) and math.isfinite(value) and value > 0
 
 
 def _integer(value: object, least: int) -> bool:

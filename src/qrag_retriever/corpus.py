@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qrag_retriever.errors import InvalidInputError
+from qrag_retriever.filters import compile_filter
+from qrag_retriever.fingerprint import is_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -37,6 +39,19 @@ class Corpus(ABC):
 
     model: QRAGModel
     fingerprint: str
+
+    def is_of(self, model: QRAGModel) -> bool:
+        """Whether the chunks' embeddings are those of this model, as it is now."""
+        return is_of(self.fingerprint, model)
+
+    def check(self, options: SearchOptions, filter: Any) -> None:  # noqa: ARG002
+        """Refuse settings that no search over this corpus could use.
+
+        Raises:
+            InvalidInputError: If an option does not go with it, or the filter is malformed.
+        """
+        if filter is not None:
+            compile_filter(filter)
 
     @abstractmethod
     def candidates(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from qrag_retriever.collector import collector_of
 from qrag_retriever.errors import FingerprintMismatchError, InvalidInputError
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from qrag_retriever.config import QRAGConfig
     from qrag_retriever.corpus import Corpus
     from qrag_retriever.model import QRAGModel
 
@@ -33,15 +31,16 @@ class MultiStepRetriever:
         index: Where to look for chunks.
 
     Raises:
-        FingerprintMismatchError: If the index was made by another model.
+        FingerprintMismatchError: If the index was made by another model, or the model has changed
+            since.
     """
 
     def __init__(self, model: QRAGModel, index: Corpus) -> None:
-        if model is not index.model and _fingerprint(model) != index.fingerprint:
+        if not index.is_of(model):
             raise FingerprintMismatchError(
                 f"The index was made by the model {index.fingerprint[:12]}…, the model given is "
-                f"{_fingerprint(model)[:12]}…. Search with the model that made the index, or make "
-                "the index again."
+                f"{model.fingerprint[:12]}…. Search with the model that made the index, as it was "
+                "then, or make the index again."
             )
         self.model = model
         self.index = index
@@ -110,19 +109,6 @@ class MultiStepRetriever:
         run = _Run(self.model, self.index, queries, options, **selection)
         while run.advance():
             yield from run.new_steps()
-
-
-# of models that are not their index's own: version and settings, and the fingerprint then
-_fingerprints: WeakKeyDictionary[QRAGModel, tuple[int, QRAGConfig, str]] = WeakKeyDictionary()
-
-
-def _fingerprint(model: QRAGModel) -> str:
-    """A model's fingerprint, computed again only when weights or settings have changed."""
-    version, config = model.action_encoder.version, model.config
-    known = _fingerprints.get(model)
-    if known is None or known[:2] != (version, config):
-        known = _fingerprints[model] = (version, config, model.fingerprint)
-    return known[2]
 
 
 def _checked_ids(ids: Collection[str] | None) -> list[str]:

@@ -1,16 +1,33 @@
-"""What weights in half precision are called: after the full ones that they were rounded from."""
+"""What models are called: by their weights, in half precision by the full ones behind them."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, NamedTuple
+from weakref import WeakKeyDictionary
 
 from qrag_retriever.errors import ModelFormatError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from qrag_retriever.config import QRAGConfig
+    from qrag_retriever.model import QRAGModel
+
 _FILE = "fingerprint.json"
+
+# of models that search: version and settings, and the fingerprint then
+_known: WeakKeyDictionary[QRAGModel, tuple[int, QRAGConfig, str]] = WeakKeyDictionary()
+
+
+def is_of(fingerprint: str, model: QRAGModel) -> bool:
+    """Whether it is the model's, which is computed again only if weights or settings changed."""
+    now = (model.action_encoder.version, model.config)
+    if _known.get(model) == (*now, fingerprint):
+        return True
+    # also where it differs: what is done to the data of weights leaves their version as it is
+    _known[model] = (*now, model.fingerprint)
+    return _known[model][2] == fingerprint
 
 
 class Names(NamedTuple):

@@ -83,6 +83,7 @@ class ChunkIndex(Corpus):
         self.fingerprint = model.fingerprint
         self._lock = Lock()  # held while the index changes
         self.saved: SavedIndex | None = None
+        self._generations: dict[Path, str] = {}  # of folders it was loaded from or saved to
         nothing = np.empty((0, model.dimension), dtype=np.float32)
         self._snapshot = self._view(MemoryChunks(), StoredVectors.of(nothing, dtype), 0)
 
@@ -275,7 +276,7 @@ class ChunkIndex(Corpus):
         Args:
             path: A new or empty folder, or one with an index.
             overwrite: Save even if someone else has saved to the folder since this index was
-                loaded from it; their changes are lost.
+                loaded from it or saved there; their changes are lost.
 
         Raises:
             InvalidInputError: If the folder holds something else, someone else has saved to it, a
@@ -293,9 +294,9 @@ class ChunkIndex(Corpus):
             ann=None if ann is None else ann.to_bytes(),
         )
         folder = Path(path).expanduser()
-        known = self.saved.loaded_from(folder) if self.saved else None
+        known = self._generations.get(folder.resolve())
         generation = write_index(folder, content, None if overwrite else known)
-        self.saved = SavedIndex(folder.resolve(), generation, snapshot.version, bool(known))
+        self._remember(SavedIndex(folder.resolve(), generation, snapshot.version))
 
     @classmethod
     def load(
@@ -333,8 +334,12 @@ class ChunkIndex(Corpus):
             )
         index = cls(model, ann=content.ann_kind, dtype=content.vectors.dtype)
         index._snapshot = index._view(content.chunks, content.vectors, 0, content.ann)
-        index.saved = SavedIndex(path.resolve(), content.generation, 0, loaded=True)
+        index._remember(SavedIndex(path.resolve(), content.generation, 0))
         return index
+
+    def _remember(self, saved: SavedIndex) -> None:
+        self.saved = saved
+        self._generations[saved.folder] = saved.generation
 
     def _in_memory(self) -> MemoryChunks:
         chunks = self._snapshot.chunks

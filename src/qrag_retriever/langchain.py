@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
-from collections.abc import AsyncIterator, Iterator, Sequence
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from langchain_core.callbacks import (
@@ -29,6 +31,7 @@ from qrag_retriever.corpus import Corpus
 from qrag_retriever.documents import document_from_chunk
 from qrag_retriever.errors import InvalidInputError, QRAGError
 from qrag_retriever.model import QRAGModel
+from qrag_retriever.second_stage import SecondStage
 from qrag_retriever.trajectory import Step
 
 STEP_EVENT = "qrag_step"
@@ -134,7 +137,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
         documents = []
-        ready = await self._prepared_inside(run_manager, query)
+        ready = await self._ahaving_asked([run_manager], [query], arguments)
         async for step in _in_threads(ready.stream_search(query, **arguments)):
             await _areport(run_manager, step)
             documents.append(self._document(step))
@@ -152,8 +155,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
 
         Args:
             inputs: The queries.
-            config: One configuration for all, or one each; with ``max_concurrency`` in the one
-                for all so many queries share a pass.
+            config: One configuration for all, or one each; with ``max_concurrency`` so many
+                queries share a pass.
             return_exceptions: Return a query's exception in its place; then each query runs alone.
             **kwargs: Settings for this call, as `search`.
 
@@ -162,14 +165,20 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         """
         if return_exceptions:
             return super().batch(inputs, config, return_exceptions=True, **kwargs)
-        configs = get_config_list(config, len(inputs))
-        if parts := _parts(inputs, config):
-            results = [self.batch(inputs[part], configs[part], **kwargs) for part in parts]
-            return [documents for some in results for documents in some]
+        configs, kwargs = get_config_list(config, len(inputs)), _reusable(kwargs)
+        results = [
+            self._batch(inputs[part], configs[part], kwargs) for part in _parts(inputs, configs)
+        ]
+        return [documents for some in results for documents in some]
+
+    def _batch(
+        self, inputs: list[str], configs: list[RunnableConfig], settings: Mapping[str, Any]
+    ) -> list[list[Document]]:
         runs = [self._open_run(query, own) for query, own in zip(inputs, configs, strict=True)]
         found: list[list[Document]] = [[] for _ in inputs]
         try:
-            for number, step in self.stream_search_batch(inputs, **kwargs):
+            ready = self._having_asked(runs, inputs, settings)
+            for number, step in ready.stream_search_batch(inputs, **settings):
                 _report(runs[number], step)
                 found[number].append(self._document(step))
         except BaseException as error:
@@ -191,16 +200,22 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         """As `batch`, each step in a thread."""
         if return_exceptions:
             return await super().abatch(inputs, config, return_exceptions=True, **kwargs)
-        configs = get_config_list(config, len(inputs))
-        if parts := _parts(inputs, config):
-            results = [await self.abatch(inputs[part], configs[part], **kwargs) for part in parts]
-            return [documents for some in results for documents in some]
+        configs, kwargs = get_config_list(config, len(inputs)), _reusable(kwargs)
+        results = [
+            await self._abatch(inputs[part], configs[part], kwargs)
+            for part in _parts(inputs, configs)
+        ]
+        return [documents for some in results for documents in some]
+
+    async def _abatch(
+        self, inputs: list[str], configs: list[RunnableConfig], settings: Mapping[str, Any]
+    ) -> list[list[Document]]:
         pairs = zip(inputs, configs, strict=True)
         runs = [await self._aopen_run(query, own) for query, own in pairs]
         found: list[list[Document]] = [[] for _ in inputs]
         try:
-            ready = await self._prepared(inputs)
-            steps = ready.stream_search_batch(inputs, **kwargs)
+            ready = await self._ahaving_asked(runs, inputs, settings)
+            steps = ready.stream_search_batch(inputs, **settings)
             async for number, step in _in_threads(steps):
                 await _areport(runs[number], step)
                 found[number].append(self._document(step))
@@ -250,7 +265,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         run = await self._aopen_run(input, config)
         documents: list[Document] = []
         try:
-            ready = await self._prepared_inside(run, input)
+            ready = await self._ahaving_asked([run], [input], kwargs)
             async for step in _in_threads(ready.stream_search(input, **kwargs)):
                 await _areport(run, step)
                 documents.append(self._document(step))
@@ -266,15 +281,40 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         else:
             await run.on_retriever_end(documents)
 
-    async def _prepared_inside(
-        self, run: AsyncCallbackManagerForRetrieverRun, query: str
+    def _having_asked(
+        self,
+        runs: Sequence[CallbackManagerForRetrieverRun],
+        queries: Sequence[str],
+        settings: Mapping[str, Any],
     ) -> QRAGRetriever:
-        """As `_prepared`; a LangChain retriever that is asked on the way is a child of the run."""
-        token = var_child_runnable_config.set({"callbacks": run.get_child()})
-        try:
-            return await self._prepared([query])
-        finally:
-            var_child_runnable_config.reset(token)
+        """This retriever; over another one a copy that has its answers, given inside these runs."""
+        if not isinstance(self.index, SecondStage):
+            return self
+        self._check_call(queries, settings)
+        children = {
+            query: {"callbacks": run.get_child()} for query, run in zip(queries, runs, strict=True)
+        }
+        return self._over(self.index.asked(children))
+
+    async def _ahaving_asked(
+        self,
+        runs: Sequence[AsyncCallbackManagerForRetrieverRun],
+        queries: Sequence[str],
+        settings: Mapping[str, Any],
+    ) -> QRAGRetriever:
+        """As `_having_asked`, for all queries at a time."""
+        stage = self.index
+        if not isinstance(stage, SecondStage):
+            return self
+        self._check_call(queries, settings)
+
+        async def fetch(query: str, run: AsyncCallbackManagerForRetrieverRun) -> list[Any]:
+            var_child_runnable_config.set({"callbacks": run.get_child()})  # of this task alone
+            return await stage.fetch(query)
+
+        owners = dict(zip(queries, runs, strict=True))
+        found = await asyncio.gather(*itertools.starmap(fetch, owners.items()))
+        return self._over(stage.having(dict(zip(owners, found, strict=True))))
 
     def _open_run(
         self, query: str, config: RunnableConfig | None
@@ -341,12 +381,16 @@ def _own_error(error: ValidationError) -> QRAGError:
     )
 
 
-def _parts(inputs: Sequence[str], config: Any) -> list[slice]:
-    """The parts in which to search for queries, where a configuration limits how many at once."""
-    most = (config or {}).get("max_concurrency") if not isinstance(config, list) else None
-    if not most or most >= len(inputs):
-        return []
+def _parts(inputs: Sequence[str], configs: Sequence[RunnableConfig]) -> list[slice]:
+    """The parts in which to search for queries; as LangChain, by the limit of the first one."""
+    most = (configs[0].get("max_concurrency") if configs else None) or max(1, len(inputs))
     return [slice(first, first + most) for first in range(0, len(inputs), most)]
+
+
+def _reusable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that each part of a batch may read."""
+    ids = settings.get("exclude_ids")
+    return {**settings, "exclude_ids": list(ids)} if isinstance(ids, Iterator) else settings
 
 
 def _report(run: CallbackManagerForRetrieverRun, step: Step) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -23,19 +23,21 @@ from qrag_retriever.state import StateLayout, check_chunks, check_query
 from qrag_retriever.warn_once import WarnOnce
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import numpy as np
     from numpy.typing import NDArray
 
     from qrag_retriever.compiled import Backend
     from qrag_retriever.positions import PositionMode
 
+_T = TypeVar("_T")
 DType = Literal["float32", "bfloat16", "float16"]
 State = tuple[str, Sequence[str]]
 
 # The released code divides mean-pooled embeddings by 10, so that Q starts in the range of rewards.
 _UNNORMALIZED_SCALE = 0.1
+
+# Settings that action embeddings depend on.
+_OF_EMBEDDINGS = ("scale", "chunk_prompt", "max_chunk_tokens")
 
 # Tokenizers that differ in vocabulary, case, accents or scripts read it differently.
 _SPECIMEN = "Zoë's café (est. 1,987) isn't in São Paulo; ΑΘΗΝΑ, Москва and 東京 have_none of them."
@@ -60,11 +62,9 @@ class QRAGModel(nn.Module):
         super().__init__()
         self.state_encoder = state_encoder
         self.action_encoder = action_encoder
-        self.config = config
-        state_encoder.scale = action_encoder.scale = config.scale
-        self._check()
         self._warn_once = WarnOnce()
         self._kept_fingerprint: str | None = None
+        self.config = config
         self.eval()
 
     @classmethod
@@ -225,6 +225,24 @@ class QRAGModel(nn.Module):
         )
 
     @property
+    def config(self) -> QRAGConfig:
+        """The settings; assign changed ones: ``model.config = model.config.replace(alpha=0.02)``.
+
+        Raises:
+            ConfigError: If what is assigned does not fit the encoders; nothing has changed then.
+        """
+        return self._config
+
+    @config.setter
+    def config(self, config: QRAGConfig) -> None:
+        self._check(config)
+        before = getattr(self, "_config", config)
+        if any(getattr(before, name) != getattr(config, name) for name in _OF_EMBEDDINGS):
+            self._kept_fingerprint = None
+        self._config = config
+        self.state_encoder.scale = self.action_encoder.scale = config.scale
+
+    @property
     def dimension(self) -> int:
         """Length d of an embedding."""
         return self.action_encoder.dimension
@@ -340,7 +358,7 @@ class QRAGModel(nn.Module):
 
     def state_ids(self, states: Sequence[State]) -> list[list[int]]:
         """Token ids of states, for `state_encoder`. Arguments and errors as `encode_states`."""
-        texts: list[str] = []
+        states, texts = _reusable(states), []
         for query, chunks in states:
             check_query(query)
             check_chunks(chunks)
@@ -363,6 +381,7 @@ class QRAGModel(nn.Module):
 
     def action_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of chunks, for `action_encoder`. Arguments and errors as `encode_actions`."""
+        texts = _reusable(texts)
         check_chunks(texts)
         encoder, prompt = self.action_encoder, self.config.chunk_prompt
         tokens = encoder.tokenize([prompt + text for text in texts], allow_special=True)
@@ -399,23 +418,30 @@ class QRAGModel(nn.Module):
     def _chunk_limit(self) -> int:
         return self.config.max_chunk_tokens or self.action_encoder.window
 
-    def _check(self) -> None:
+    def _check(self, config: QRAGConfig) -> None:
+        if not isinstance(config, QRAGConfig):
+            raise ConfigError(f"config={config!r:.60} is no QRAGConfig; use config.replace(…).")
         states, actions = self.state_encoder.dimension, self.action_encoder.dimension
         if states != actions:
             raise ConfigError(
                 f"The state encoder gives {states} dimensions and the action encoder {actions}; "
                 "their inner product needs the same number."
             )
-        if self.config.positions != "none" and actions % 4:
+        if config.positions != "none" and actions % 4:
             raise ConfigError(
                 f"Embeddings of {actions} dimensions cannot be rotated: positions="
-                f"{self.config.positions!r} needs a multiple of 4. Use positions='none'."
+                f"{config.positions!r} needs a multiple of 4. Use positions='none'."
             )
         limited = {"max_state_tokens": self.state_encoder, "max_chunk_tokens": self.action_encoder}
         for name, encoder in limited.items():
-            limit = getattr(self.config, name)
+            limit = getattr(config, name)
             if limit is not None and limit > encoder.window:
                 raise ConfigError(
                     f"{name}={limit} exceeds the {encoder.window} tokens the encoder can read; "
                     f"give at most {encoder.window}."
                 )
+
+
+def _reusable(items: Sequence[_T]) -> Sequence[_T]:
+    """Items that may be read several times: those of a generator as a list."""
+    return list(items) if isinstance(items, Iterator) else items

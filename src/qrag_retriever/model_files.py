@@ -270,6 +270,11 @@ def saving(
         InvalidInputError: If the target holds something other than a Q-RAG model.
     """
     folder = folder.expanduser()
+    if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
+        raise InvalidInputError(
+            f"{folder} is where this process works, and would be replaced as a whole; give a "
+            "folder inside it, or work elsewhere."
+        )
     if folder.exists() and not (folder / CONFIG_FILE).is_file() and _in_use(folder):
         raise InvalidInputError(
             f"{folder} holds something other than a Q-RAG model and is left as it is; give an "

@@ -26,17 +26,11 @@ class SavedIndex(NamedTuple):
         folder: The folder.
         generation: Name of that save.
         version: Version of the index then.
-        loaded: Whether the index was loaded from there, so that it holds what others saved before.
     """
 
     folder: Path
     generation: str
     version: int
-    loaded: bool = False
-
-    def loaded_from(self, folder: Path) -> str | None:
-        """The generation that the index knows of a folder, if it was loaded from there."""
-        return self.generation if self.loaded and self.folder == folder.resolve() else None
 
     def holds(self, version: int) -> bool:
         """Whether the folder holds that version of the index, and no other that came after."""

@@ -216,11 +216,12 @@ class Search:
         else:
             above = len(ranked)
         if options.temperature is not None:
-            noise, t = self._random.gumbel(size=q.shape), float(options.temperature)
+            noise, t = self._random.gumbel(size=q.shape), np.float64(options.temperature)
             # the same order either way; this way no temperature overflows
-            keys = q + t * noise if t < 1 else q / t + noise
-            if options.q_threshold is not None:
-                keys[q < options.q_threshold] = -np.inf
+            with np.errstate(invalid="ignore"):  # an endless temperature makes no number of -inf
+                keys = q + t * noise if t < 1 else q / t + noise
+            least = -np.inf if options.q_threshold is None else options.q_threshold
+            keys[np.isneginf(q) | (q < least)] = -np.inf
             drawn = best_actions(keys, take)
             stopped: StopReason | None = "threshold" if len(drawn) < take else None
             return [self._extend(beam, drawn, ranked, q, stopped=stopped)]

@@ -136,6 +136,10 @@ class SecondStage(Corpus):
         self._cache = EmbeddingCache(model, cache_size)
         self.found: Mapping[str, Sequence[Any]] = {}
 
+    def is_of(self, model: QRAGModel) -> bool:
+        """See `Corpus`; nothing is kept that a model made before it changed."""
+        return model is self.model or super().is_of(model)
+
     def having(self, found: Mapping[str, Sequence[Any]]) -> SecondStage:
         """The same over what has been found already, by query."""
         twin = copy.copy(self)
@@ -145,18 +149,41 @@ class SecondStage(Corpus):
     async def fetched(self, queries: Iterable[str]) -> SecondStage:
         """The same with what the base retriever finds asynchronously, for all queries at a time."""
         asked = list(dict.fromkeys(queries))
-        found = await asyncio.gather(*map(self._fetch, asked))
+        found = await asyncio.gather(*map(self.fetch, asked))
         return self.having(dict(zip(asked, found, strict=True)))
 
-    async def _fetch(self, query: str) -> list[Any]:
+    async def fetch(self, query: str) -> list[Any]:
+        """What the base retriever finds for one query asynchronously.
+
+        Raises:
+            InvalidInputError: If it returns no list of items.
+        """
         for name in ("ainvoke", "aretrieve"):
             if hasattr(self._base, name):
                 return self._first(await getattr(self._base, name)(query))
         return await in_thread(self._ask, query)
 
-    def _ask(self, query: str) -> list[Any]:
+    def asked(self, configs: Mapping[str, Any]) -> SecondStage:
+        """The same with what the base retriever finds; LangChain's are asked for all at once.
+
+        Args:
+            configs: The queries, each with the configuration for a LangChain retriever or ``None``.
+
+        Raises:
+            InvalidInputError: If the base retriever returns no list of items.
+        """
+        queries, own = list(configs), list(configs.values())
+        is_runnable = hasattr(self._base, "with_config")
+        if len(queries) > 1 and hasattr(self._base, "batch"):
+            settings = (own,) if is_runnable and None not in own else ()
+            found = map(self._first, self._base.batch(queries, *settings))
+        else:
+            found = map(self._ask, queries, own if is_runnable else [None] * len(own))
+        return self.having(dict(zip(queries, found, strict=True)))
+
+    def _ask(self, query: str, config: Any = None) -> list[Any]:
         ask = self._base.invoke if hasattr(self._base, "invoke") else self._base.retrieve
-        return self._first(ask(query))
+        return self._first(ask(query) if config is None else ask(query, config))
 
     def _first(self, found: Any) -> list[Any]:
         """The items that are considered of what the base retriever returns."""
@@ -182,7 +209,9 @@ class SecondStage(Corpus):
             InvalidInputError: If it returns something else than Documents, nodes and texts, or the
                 filter is malformed.
         """
-        found = [self._chunks(items) for items in self._all_found(queries)]
+        missing = [query for query in queries if query not in self.found]
+        everything = {**self.found, **self.asked(dict.fromkeys(missing)).found}
+        found = [self._chunks(everything[query]) for query in queries]
         vectors = self._cache.embed([chunk.embed_text for chunks in found for chunk in chunks])
         result, start = [], 0
         for chunks in found:
@@ -195,22 +224,13 @@ class SecondStage(Corpus):
             )
         return result
 
-    def _all_found(self, queries: Sequence[str]) -> list[Sequence[Any]]:
-        """What the base retriever finds for each query; LangChain's are asked for all at once."""
-        found = dict(self.found)
-        asked = [query for query in dict.fromkeys(queries) if query not in found]
-        if len(asked) > 1 and hasattr(self._base, "batch"):
-            found.update(zip(asked, map(self._first, self._base.batch(asked)), strict=True))
-        found.update((query, self._ask(query)) for query in asked if query not in found)
-        return [found[query] for query in queries]
-
     def _chunks(self, found: Sequence[Any]) -> list[Candidate]:
-        """The candidates among what was found; of several with one id the first."""
+        """The candidates among what was found; of several with one id, or equal ones, the first."""
         items: dict[Any, Any] = {}
-        for number, item in enumerate(found):
+        for item in found:
             bare = item.node if hasattr(item, "node") and hasattr(item, "score") else item
             own_id = getattr(bare, "node_id", None) or getattr(bare, "id", None)
-            items.setdefault(own_id or number, bare)
+            items.setdefault(own_id or repr(bare), bare)
         return [
             Candidate(chunk.id, chunk.text, chunk.metadata, chunk.embed_text, item)
             for chunk, item in zip(to_chunks(items.values()), items.values(), strict=True)

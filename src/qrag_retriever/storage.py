@@ -96,7 +96,7 @@ def write_index(folder: Path, content: IndexContent, replaces: str | None = None
         if replaces is not None and generation_of(folder) not in (None, replaces):
             raise InvalidInputError(
                 f"The index in {folder} has been saved by someone else since this one was loaded "
-                "from it; load it again and repeat the change, or replace it by "
+                "from it or saved there; load it again and repeat the change, or replace it by "
                 "ChunkIndex.save(…, overwrite=True)."
             )
         try:

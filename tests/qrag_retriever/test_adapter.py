@@ -118,7 +118,15 @@ def test_from_texts_refuses_what_does_not_fit(kind, arguments, settings):
 
 @either
 @pytest.mark.parametrize(
-    "settings", [{"k": 0}, {"top_k": 4}, {"q_threshold": float("nan")}, {"ann": "annoy"}]
+    "settings",
+    [
+        {"k": 0},
+        {"top_k": 4},
+        {"q_threshold": float("nan")},
+        {"ann": "annoy"},
+        {"filter": 3},
+        {"filter": {"a": {"$foo": 1}}},
+    ],
 )
 def test_wrong_settings_are_refused_before_anything_is_embedded(kind, settings, monkeypatch):
     monkeypatch.setattr(QRAGModel, "encode_actions", None)

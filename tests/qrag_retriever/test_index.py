@@ -362,11 +362,29 @@ def test_who_saves_second_does_not_undo_who_saved_first(tmp_path: Path) -> None:
         mine.save(folder)
     assert len(ChunkIndex.load(folder, model=model)) == 3
     mine.save(tmp_path / "elsewhere")
-    mine.save(folder, overwrite=True)  # it comes from elsewhere by now, but nobody need know
+    with pytest.raises(InvalidInputError, match="saved by someone else"):
+        mine.save(folder)  # to have saved elsewhere in the meantime changes nothing
+    mine.save(folder, overwrite=True)
     assert [chunk.text for chunk in ChunkIndex.load(folder, model=model).snapshot().chunks] == [
         "first",
         "mine",
     ]
+
+
+def test_who_made_an_index_does_not_undo_what_others_saved_since(tmp_path: Path) -> None:
+    model, folder = FakeModel(), tmp_path / "index"
+    mine = ChunkIndex.from_texts(["first"], model=model)
+    mine.save(folder)
+    theirs = ChunkIndex.load(folder, model=model)
+    theirs.add(["theirs"])
+    theirs.save(folder)
+    mine.add(["mine"])
+    with pytest.raises(InvalidInputError, match="saved by someone else"):
+        mine.save(folder)
+    assert len(ChunkIndex.load(folder, model=model)) == 2
+    # who never knew the folder replaces what is there
+    ChunkIndex.from_texts(["new"], model=model).save(folder)
+    assert len(ChunkIndex.load(folder, model=model)) == 1
 
 
 def test_an_update_tells_one_from_true() -> None:

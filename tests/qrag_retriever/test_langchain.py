@@ -159,6 +159,29 @@ async def test_a_batch_is_cut_where_a_configuration_says_how_many_at_once(counte
     assert passes == [2, 2, 2, 1, 1, 1] * 2
 
 
+async def test_the_limit_of_a_batch_holds_in_chains_too(counted):
+    retriever, passes = counted
+    alone = [retriever.invoke(query) for query in QUERIES]
+    passes.clear()
+    config = {"max_concurrency": 2}
+    chain = retriever | RunnableLambda(lambda documents: documents)
+    assert retriever.with_config(config).batch(QUERIES) == alone
+    assert retriever.bind(k=3).batch(QUERIES, config) == alone
+    assert chain.batch(QUERIES, config) == alone
+    assert await chain.abatch(QUERIES, config) == alone
+    assert passes == [2, 2, 2, 1, 1, 1] * 4
+
+
+async def test_each_part_of_a_batch_leaves_out_the_same():
+    kept = IDS[4]
+    config = {"max_concurrency": 1}
+    for found in (
+        make().batch(QUERIES, config, exclude_ids=(id_ for id_ in IDS if id_ != kept)),
+        await make().abatch(QUERIES, config, exclude_ids=(id_ for id_ in IDS if id_ != kept)),
+    ):
+        assert [[document.id for document in documents] for documents in found] == [[kept]] * 3
+
+
 async def test_an_empty_batch():
     assert make().batch([]) == []
     assert await make().abatch([]) == []

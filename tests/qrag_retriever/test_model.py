@@ -121,6 +121,33 @@ def test_settings_that_do_not_fit(tiny_encoder: Path, tmp_path: Path) -> None:
         QRAGModel(fresh(tiny_encoder).state_encoder, other.action_encoder, QRAGConfig())
 
 
+def test_settings_that_are_assigned_take_effect(tiny_encoder: Path, tmp_path: Path) -> None:
+    texts, states = ["a red cup"], [("a cup", ["a hat"])]
+    model = fresh(tiny_encoder, max_chunk_tokens=32)
+    changes = {"scale": 3.0, "chunk_prompt": "red ", "max_chunk_tokens": 16, "query_prompt": "cup "}
+    model.config = model.config.replace(**changes)
+    made = fresh(tiny_encoder, **{"max_chunk_tokens": 32, **changes})
+    np.testing.assert_array_equal(model.encode_actions(texts), made.encode_actions(texts))
+    np.testing.assert_array_equal(model.encode_states(states), made.encode_states(states))
+    loaded = QRAGModel.from_pretrained(model.save_pretrained(tmp_path / "m"), device="cpu")
+    np.testing.assert_array_equal(model.encode_actions(texts), loaded.encode_actions(texts))
+    assert model.fingerprint == made.fingerprint == loaded.fingerprint
+    before = model.config
+    for wrong in (before.replace(max_state_tokens=10_000), {"scale": 1.0}):
+        with pytest.raises(ConfigError):
+            model.config = wrong  # type: ignore[assignment]
+        assert model.config is before
+
+
+def test_a_rounded_model_with_other_settings_is_another(tiny_encoder: Path) -> None:
+    model = fresh(tiny_encoder, dtype="bfloat16")
+    full = model.fingerprint
+    model.config = model.config.replace(alpha=0.3, query_prompt="x")
+    assert model.fingerprint == full == fresh(tiny_encoder).fingerprint
+    model.config = model.config.replace(chunk_prompt="red ")
+    assert model.fingerprint != full
+
+
 def test_resolve_model(tiny_model: QRAGModel, tiny_encoder: Path, tmp_path: Path) -> None:
     assert resolve_model(tiny_model) is tiny_model
     assert resolve_model(str(tiny_encoder)).fingerprint == fresh(tiny_encoder).fingerprint
@@ -150,6 +177,13 @@ def test_nothing_to_embed(tiny_model: QRAGModel) -> None:
     assert tiny_model.encode_states([]).shape == (0, 32)
     assert tiny_model.encode_actions([]).shape == (0, 32)
     assert tiny_model.encode_actions([]).dtype == np.float32
+
+
+def test_generators_are_read_whole(tiny_model: QRAGModel) -> None:
+    texts, states = ["a cup", "a hat"], [("a cup", ["a hat"]), ("a hat", [])]
+    for encode, items in ((tiny_model.encode_actions, texts), (tiny_model.encode_states, states)):
+        found = encode(item for item in items)  # type: ignore[operator]
+        np.testing.assert_array_equal(found, encode(items))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("query", ["", "  \n", None, 3])

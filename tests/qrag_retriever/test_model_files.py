@@ -386,3 +386,15 @@ def test_download_takes_no_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert model.dimension == 32
     assert (asked["name"], asked["revision"], asked["token"]) == ("me/qrag", "v1", "t")
     assert not any(Path("x" + p).suffix in (".py", ".bin", ".pt") for p in asked["allow_patterns"])
+
+
+def test_the_folder_a_process_works_in_stays(
+    tiny_model: QRAGModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", tmp_path / "here", ".."):
+        with pytest.raises(InvalidInputError, match="where this process works"):
+            tiny_model.save_pretrained(folder)
+    tiny_model.save_pretrained("model")
+    assert QRAGModel.from_pretrained(Path("model"), device="cpu").config == tiny_model.config

@@ -8,6 +8,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from corpus import (
     IDS,
     METADATAS,
@@ -272,3 +273,30 @@ def test_without_a_model_it_is_that_of_the_package():
     retriever = QRAGRetriever.from_texts(TEXTS, k=2)
     assert retriever.model.fingerprint == QRAGModel.from_pretrained("multihop-en").fingerprint
     assert "football" in retriever.invoke("football")[0].page_content
+
+
+@pytest.mark.parametrize("change", ["weights", "settings"])
+def test_a_model_that_changed_does_not_search_what_it_did_not_make(change, tmp_path):
+    model = make_model()
+    retriever = QRAGRetriever.from_texts(TEXTS, model=model)
+    retriever.save_local(tmp_path)
+    if change == "weights":
+        with torch.no_grad():
+            next(model.action_encoder.parameters()).add_(0.1)
+    else:
+        model.config = model.config.replace(chunk_prompt="chunk: ")
+    with pytest.raises(FingerprintMismatchError, match="as it was then, or make the index again"):
+        retriever.invoke(QUERY)
+    with pytest.raises(FingerprintMismatchError, match="include_model=False"):
+        retriever.save_local(tmp_path)
+    kept = QRAGRetriever.load_local(tmp_path)
+    assert len(kept.invoke(QUERY)) == kept.k
+    retriever.save_local(tmp_path / "index alone", include_model=False)
+    assert QRAGRetriever.load_local(tmp_path / "index alone", model=kept.model).invoke(QUERY)
+
+
+def test_what_is_searched_first_is_no_matter_to_a_changed_model():
+    model = make_model()
+    QRAGRetriever.from_texts(TEXTS, model=model).invoke(QUERY)
+    next(model.action_encoder.parameters()).data.add_(0.1)  # which torch does not count
+    assert QRAGRetriever.from_texts(TEXTS, model=model).invoke(QUERY)

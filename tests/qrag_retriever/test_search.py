@@ -301,6 +301,8 @@ def test_an_endless_temperature_draws_evenly():
         search = run(3, options, lambda _: np.array([-9, 0, 9], dtype=np.float32))
         counts[search.best.retrieved[0]] += 1
     assert counts.min() > 60
+    whole = run(3, SearchOptions(k=3, temperature=math.inf, seed=0), lambda _: np.zeros(3, "f4"))
+    assert sorted(whole.best.retrieved) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -253,6 +253,58 @@ async def test_the_base_is_a_child_in_traces(way):
     assert runs.parents == {"QRAGRetriever": None, "Finder": runs.own["QRAGRetriever"]}
 
 
+class Queries(BaseCallbackHandler):
+    """The retrievals that callbacks hear of: name and query of each and of what it belongs to."""
+
+    def __init__(self):
+        self.runs, self.pairs = {}, []
+
+    def on_retriever_start(self, serialized, query, *, run_id, parent_run_id=None, **kwargs):
+        self.runs[run_id] = (kwargs["name"], query)
+        self.pairs.append((self.runs.get(parent_run_id), self.runs[run_id]))
+
+
+@pytest.mark.parametrize("way", ["batch", "abatch"])
+@pytest.mark.parametrize("count", [1, 3])
+async def test_the_base_is_a_child_of_each_query_of_a_batch(way, count):
+    retriever = QRAGRetriever.from_retriever(Finder(documents=documents()), model=MODEL)
+    told, queries = Queries(), QUERIES[:count]
+    found = getattr(retriever, way)(queries, config={"callbacks": [told]})
+    found = await found if way == "abatch" else found
+    assert [[own.id for own in some] for some in found] == [
+        [own.id for own in retriever.invoke(query)] for query in queries
+    ]
+    assert sorted(told.pairs, key=str) == sorted(
+        [
+            *((None, ("QRAGRetriever", query)) for query in queries),
+            *((("QRAGRetriever", query), ("Finder", query)) for query in queries),
+        ],
+        key=str,
+    )
+
+
+async def test_what_a_call_cannot_use_is_refused_before_the_base_is_asked():
+    asked = []
+    base = RunnableLambda(lambda query: asked.append(query) or documents())
+    retriever = QRAGRetriever.from_retriever(base, model=MODEL)
+    for query, settings in (("", {}), ({"q": 1}, {}), (QUERY, {"k": 0}), (QUERY, {"filter": 3})):
+        with pytest.raises(InvalidInputError):
+            await retriever.ainvoke(query, **settings)
+        with pytest.raises(InvalidInputError):
+            retriever.batch([QUERY, query], **settings)
+    assert asked == []
+
+
+def test_documents_that_are_equal_are_chosen_from_once():
+    texts = [Document(document.page_content) for document in documents()]
+    base = RunnableLambda(
+        lambda query: [*texts, *texts, Document(texts[0].page_content, metadata={"a": 1})]
+    )
+    retriever = QRAGRetriever.from_retriever(base, model=MODEL, k=50, q_threshold=None)
+    found = [(own.page_content, str(own.metadata)) for own in retriever.invoke(QUERY)]
+    assert len(found) == len(set(found)) == len(texts) + 1
+
+
 async def test_a_base_that_is_asynchronous_alone():
     async def find(query):
         return documents()

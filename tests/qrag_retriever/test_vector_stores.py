@@ -332,6 +332,8 @@ def test_what_a_store_does_not_do(filled):
     retriever = over(filled[0])
     with pytest.raises(InvalidInputError, match="temperature"):
         retriever.search(QUERY, temperature=0.1)
+    with pytest.raises(InvalidInputError, match="temperature"):
+        retriever.temperature = 0.1
     with pytest.raises(InvalidInputError, match="only reads"):
         retriever.add_texts(["new"])
     with pytest.raises(InvalidInputError, match="no Q-values"):

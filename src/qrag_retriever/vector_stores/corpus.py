@@ -71,6 +71,17 @@ class StoreCorpus(Corpus):
         Ids that the store does not hold may be excluded too.
         """
         self._check(model)
+        own = _StoreCandidates(
+            self._narrowed(options, filter), model, options, exclude_ids, self._to_q
+        )
+        return [own] * len(queries)
+
+    def check(self, options: SearchOptions, filter: Any) -> None:
+        """See `Corpus`."""
+        self._narrowed(options, filter)
+
+    def _narrowed(self, options: SearchOptions, filter: Any) -> Store:
+        """The store as a search sees it."""
         if options.temperature is not None:
             raise InvalidInputError(
                 f"temperature={options.temperature} needs Q of every chunk, and a vector store "
@@ -79,8 +90,7 @@ class StoreCorpus(Corpus):
         store = self._store
         for part in filter if isinstance(filter, AllOf) else (filter,):
             store = store.narrowed(part)
-        own = _StoreCandidates(store, model, options, exclude_ids, self._to_q)
-        return [own] * len(queries)
+        return store
 
     def _check(self, model: QRAGModel) -> None:
         config, kind = model.config, self._store.kind
