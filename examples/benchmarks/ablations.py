@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import training_runs
+import yaml
 from babilong import add_story_options, judge, show, tasks
 from bench import Results, load
 from machine import report
@@ -33,6 +34,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "no soft Q": {"model.pqn.alpha": 1e-3},
     "no target networks": {"model.pqn.tau": 1.0},
+    "target networks": {"model.pqn.tau": 0.05},
     "supervised": {},
     "untrained": {"model.optimizer.lr": 1e-12, "model.optimizer.warmup_updates": 0},
     "no positions": {"model.positions": "none"},
@@ -106,6 +108,9 @@ def main() -> None:
     background = BackgroundText.from_folder(options.background)
     rows = []
     for variant in options.variants:
+        if is_full(variant, options.config):
+            print(f"{variant}: {options.config} has that already, so there is nothing to compare")
+            continue
         folder = options.folder / variant.replace(" ", "_")
         train(variant, folder, options)
         model = load(folder, background.sentences)
@@ -114,6 +119,17 @@ def main() -> None:
         print(variant, end=" | ")
         show(row)
         report(options.json, options.seed, config=options.config.name, variants=rows)
+
+
+def is_full(variant: str, config: Path) -> bool:
+    """Whether a config has all settings of a variant, which would be the full method again."""
+    settings = yaml.safe_load(config.read_text(encoding="utf-8")) if VARIANTS[variant] else {}
+
+    def value_of(name: str) -> Any:
+        return functools.reduce(lambda part, key: (part or {}).get(key), name.split("."), settings)
+
+    given = VARIANTS[variant]
+    return bool(given) and all(value_of(name) == value for name, value in given.items())
 
 
 def train(variant: str, folder: Path, options: argparse.Namespace) -> None:

@@ -174,7 +174,7 @@ def adapted(model: QRAGModel, config: AdaptConfig) -> QRAGModel:
         if config.freeze_layers:
             _freeze_layers(transformer, config.freeze_layers)
         if config.gradient_checkpointing:
-            transformer.gradient_checkpointing_enable({"use_reentrant": False})
+            _checkpoint_gradients(transformer)
     return model
 
 
@@ -194,8 +194,12 @@ def _set_dropout(part: nn.Module, probability: float) -> None:
 def _freeze_layers(transformer: Any, count: int) -> None:
     """Freeze all that comes before the layers, and the first of them; they drop nothing."""
     holder, name = _layers(transformer, freeze_layers=count)
-    frozen = [*getattr(holder, name)[:count], getattr(transformer, "embeddings", None)]
-    for part in frozen:
+    before = [
+        transformer.get_input_embeddings(),
+        getattr(transformer, "embeddings", None),
+        getattr(holder, "relative_attention_bias", None),  # MPNet's, which all layers share
+    ]
+    for part in [*getattr(holder, name)[:count], *before]:
         if part is not None:
             part.requires_grad_(False)
             _set_dropout(part, 0.0)
@@ -203,7 +207,7 @@ def _freeze_layers(transformer: Any, count: int) -> None:
 
 def _layers(transformer: Any, **asked: int) -> tuple[Any, str]:
     """Where the layers are: the module that holds them, and their name there."""
-    holder = getattr(transformer, "encoder", transformer)
+    holder = getattr(transformer, "encoder", getattr(transformer, "transformer", transformer))
     name = "layer" if hasattr(holder, "layer") else "layers"
     layers = getattr(holder, name, None)
     ((setting, count),) = asked.items()
@@ -211,6 +215,16 @@ def _layers(transformer: Any, **asked: int) -> tuple[Any, str]:
         have = "no list of layers" if layers is None else f"{len(layers)} layers"
         raise ConfigError(f"{setting}={count}, but the encoder has {have}; give less.")
     return holder, name
+
+
+def _checkpoint_gradients(transformer: Any) -> None:
+    try:
+        transformer.gradient_checkpointing_enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(
+            f"A {type(transformer).__name__} cannot compute its activations again; leave "
+            "--model.adapt.gradient_checkpointing out."
+        ) from error
 
 
 def _add_lora(transformer: Any, rank: int) -> None:

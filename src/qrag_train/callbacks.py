@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import signal
 import sys
 import threading
@@ -18,6 +19,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers.utils import logging as transformers_logging
 
+from qrag_retriever.config import QRAGConfig
+from qrag_retriever.errors import QRAGError
+from qrag_retriever.model_files import CONFIG_FILE
 from qrag_train.build import merge_lora
 from qrag_train.card import model_card
 
@@ -184,7 +188,8 @@ class BestModel(Callback):
             self.score, self.updates = score, trainer.global_step
             if trainer.is_global_zero:
                 record = {**self._record, "updates": trainer.global_step, "figures": figures}
-                export(pl_module, self._folder, record)  # type: ignore[arg-type]
+                if not _is_there(self._folder, record):
+                    export(pl_module, self._folder, record)  # type: ignore[arg-type]
 
     @property
     def figures(self) -> dict[str, float]:
@@ -198,6 +203,16 @@ class BestModel(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.score, self.updates = state_dict["score"], state_dict.get("updates", 0)
+
+
+def _is_there(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the model of this record: one that was calibrated since stays so."""
+    try:
+        config = QRAGConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, QRAGError):
+        return False
+    known = json.loads(json.dumps(record))
+    return all(config.training.get(name) == value for name, value in known.items())
 
 
 def export(module: ValidatedTrainingModule, folder: Path, record: dict[str, Any]) -> None:

@@ -32,24 +32,26 @@ _FREE = (
 )
 
 
-def check_run(data: SupportDataModule, budget: int) -> None:
+def check_run(data: SupportDataModule, episode: int, budget: int) -> None:
     """Look at the data of a training.
 
     Args:
         data: Training and validation data.
-        budget: Number T of chunks that an episode retrieves.
+        episode: Number of chunks that an episode of training retrieves.
+        budget: Number T of chunks that validation retrieves.
 
     Raises:
         DatasetError: If there is no training or validation data, a file is not as described, ids
             repeat, chunks are empty, a text is none in UTF-8, or the weights of a mixture do not
             fit.
-        ConfigError: If the budget is smaller than the largest support.
+        ConfigError: If one of them is smaller than the largest support of its questions.
     """
     train, val = data.sources("train"), data.sources("val")
-    for config, source in train + val:
+    steps = [min(episode, budget)] * len(train) + [budget] * len(val)
+    for (config, source), most in zip(train + val, steps, strict=True):
         told = finite(source)
         from_file = not isinstance(told, FixedSamples)
-        check_samples(config.file, told, budget, unique=from_file)
+        check_samples(config.file, told, most, unique=from_file)
         if from_file:  # in stories the same happens twice
             check_twins(config.file, told)
     for part in ("train", "val"):

@@ -244,6 +244,9 @@ def read_questions(
         (tokens, "tokens", ("ruler",)),
         (words, "words", ("ruler",)),
         (questions, "questions", ("ruler",)),
+        (None if moves == 1 else moves, "moves", ("babilong",)),
+        (None if places == len(PLACES) else places, "places", ("babilong",)),
+        (None if things == len(OBJECTS) else things, "things", ("babilong",)),
     ):
         if value is not None and format not in its:
             raise DatasetError(

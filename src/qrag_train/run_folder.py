@@ -8,7 +8,8 @@ from typing import Any
 
 import yaml
 
-from qrag_retriever.errors import ConfigError
+from qrag_retriever.config import QRAGConfig
+from qrag_retriever.errors import ConfigError, QRAGError
 from qrag_retriever.model_files import CONFIG_FILE, is_qrag_model
 
 # Some of what the settings that `fit` writes always have, and others seldom.
@@ -94,6 +95,11 @@ class RunFolder:
                 f"{self.path} holds a run already; go on with it (--resume), or name another folder"
                 " (--output_dir)."
             )
+        if self._has_trained_model():
+            raise ConfigError(
+                f"{self.model} holds a trained model whose checkpoint is gone; move it away, or "
+                "name another folder (--output_dir)."
+            )
         for path, own in ((self.model, self._has_own_model), (self.settings_file, self._is_own)):
             if path.exists() and not own():
                 raise ConfigError(
@@ -103,6 +109,14 @@ class RunFolder:
 
     def _has_own_model(self) -> bool:
         return self.model.is_dir() and (is_qrag_model(self.model) or not any(self.model.iterdir()))
+
+    def _has_trained_model(self) -> bool:
+        try:
+            text = (self.model / CONFIG_FILE).read_text(encoding="utf-8")
+            training = QRAGConfig.from_json(text).training
+        except (OSError, QRAGError):
+            return False
+        return bool(training.get("updates") or training.get("calibration"))
 
     def _is_own(self) -> bool:
         try:

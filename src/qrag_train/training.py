@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import shlex
 import sys
 import warnings
@@ -244,9 +245,18 @@ class TrainingCLI(LightningCLI):
         names = ("seed_everything", "model", "trainer")
         return {"data": settings["data"], "settings": {name: settings[name] for name in names}}
 
+    def instantiate_classes(self) -> None:
+        """Make data, model and Trainer; what their settings refuse is said in its own words."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # of a value that may be of several types the parser tells what each of them says
+            said = re.findall(r"(?m)^\s*- (?!Expected a )(.*)$", str(error))
+            raise ConfigError(said[0] if said else str(error)) from error
+
     def before_fit(self) -> None:
         """Check the data, and judge the model as it is at the start."""
-        check_run(self.datamodule, min(self.model.budget, self.model.episode_steps))
+        check_run(self.datamodule, self.model.episode_steps, self.model.budget)
         given = self._get(self.config_init, "trainer")
         check_interval(given.val_check_interval, given.max_steps)
         if not self._get(self.config, "resume"):

@@ -192,6 +192,15 @@ def test_ablations_use_the_same_judge(tmp_path, monkeypatch):
     assert (row["variant"], row["figures"][0]["questions"]) == ("full", 3)
 
 
+def test_a_variant_that_the_config_has_is_no_variant(tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model: {pqn: {tau: 1.0, alpha: 0.03}}")
+    same = [variant for variant in ablations.VARIANTS if ablations.is_full(variant, config)]
+    assert same == ["no target networks"]
+    config.write_text("data:")
+    assert not any(ablations.is_full(variant, config) for variant in ablations.VARIANTS)
+
+
 def test_ablations_train_one_variant_after_the_other(tmp_path):
     books = write_books(tmp_path)
     stories = {

@@ -3,10 +3,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import COLOURS, tiny_model, write_questions
 from torch import nn
+from transformers import DistilBertModel, MPNetModel, PreTrainedModel
 
 from own_code import bring_code
+from qrag_retriever import QRAGModel
 from qrag_retriever.errors import ConfigError, UnsafeModelError
 from qrag_train.build import AdaptConfig, adapted, build_module, merge_lora
 from qrag_train.cli import main
@@ -144,3 +147,40 @@ def test_lora_trains_little_and_merges_into_nothing_new() -> None:
 def test_settings_are_checked(values: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         AdaptConfig(**values)
+
+
+_MPNET = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_DISTILBERT = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}
+
+
+def of_kind(folder: Path, kind: type[PreTrainedModel], sizes: dict[str, int]) -> QRAGModel:
+    """A model whose encoders are small transformers of another architecture."""
+    tiny_model(folder)  # writes a tokenizer
+    kind(kind.config_class(vocab_size=200, **sizes)).save_pretrained(folder)
+    return QRAGModel.from_encoder(folder, device="cpu")
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [(MPNetModel, _MPNET), (DistilBertModel, _DISTILBERT)])
+def test_no_training_moves_what_frozen_layers_give(
+    tmp_path: Path, kind: type[PreTrainedModel], sizes: dict[str, int]
+) -> None:
+    model = of_kind(tmp_path, kind, sizes)
+    adapted(model, AdaptConfig(freeze_layers=1, freeze_word_embeddings=False))
+    transformer = model.action_encoder.transformer.model
+
+    def hidden() -> list[torch.Tensor]:
+        return list(transformer(torch.arange(12)[None], output_hidden_states=True).hidden_states)
+
+    with torch.no_grad():
+        before = hidden()
+        for weights in transformer.parameters():
+            if weights.requires_grad:
+                weights.add_(torch.randn_like(weights))
+        after = hidden()
+    assert [torch.equal(*pair) for pair in zip(before, after, strict=True)] == [True, True, False]
+
+
+def test_what_cannot_be_computed_again_is_told(tmp_path: Path) -> None:
+    model = of_kind(tmp_path, MPNetModel, _MPNET)
+    with pytest.raises(ConfigError, match=r"A MPNetModel .*leave --model.adapt.gradient_check"):
+        adapted(model, AdaptConfig(gradient_checkpointing=True))

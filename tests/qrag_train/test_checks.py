@@ -33,7 +33,18 @@ def test_good_data_passes(tmp_path: Path) -> None:
     val = write_questions(tmp_path / "val.jsonl", 5, seed=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_run(SupportDataModule(str(train), str(val)), budget=1)
+        check_run(SupportDataModule(str(train), str(val)), episode=1, budget=1)
+
+
+def test_validation_retrieves_more_than_an_episode_of_training(tmp_path: Path) -> None:
+    one, two = (
+        str(write_questions(tmp_path / f"{count}.jsonl", 5, seed=count, support=count))
+        for count in (1, 2)
+    )
+    check_run(SupportDataModule(one, two), episode=1, budget=2)
+    for train, val, budget in ((two, one, 2), (one, two, 1)):
+        with pytest.raises(ConfigError, match="max_steps=1 chunks are retrieved"):
+            check_run(SupportDataModule(train, val), episode=1, budget=budget)
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -43,7 +54,7 @@ def test_training_on_the_validation_data_is_told(tmp_path: Path, copied: bool) -
     if copied:
         shutil.copy(train, val)
     with pytest.warns(UserWarning, match="both training and validation"):
-        check_run(SupportDataModule(str(train), str(val)), budget=1)
+        check_run(SupportDataModule(str(train), str(val)), episode=1, budget=1)
 
 
 @pytest.mark.parametrize("given", [{"train_file": "x"}, {"val_file": "x"}])
@@ -51,7 +62,7 @@ def test_both_parts_are_needed(tmp_path: Path, given: dict[str, str]) -> None:
     file = write_questions(tmp_path / "x.jsonl", 3)
     data = SupportDataModule(**dict.fromkeys(given, str(file)))
     with pytest.raises(DatasetError, match=r"There is no (train|val) data; give --data"):
-        check_run(data, budget=1)
+        check_run(data, episode=1, budget=1)
 
 
 def test_ids_differ(tmp_path: Path) -> None:
@@ -103,7 +114,7 @@ def test_copies_are_told_of_a_corpus_before_training(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match="questions.jsonl has chunks that are no support"
     ) as caught:
-        check_run(SupportDataModule(train=train, val_file=str(val)), budget=1)
+        check_run(SupportDataModule(train=train, val_file=str(val)), episode=1, budget=1)
     told = str(caught[0].message).splitlines()[1:]
     assert told[0] == "  question 1 (0): chunk 0 has the text of support chunk 2"
     assert (len(told), told[-1]) == (21, "  … and 10 more")
@@ -118,7 +129,7 @@ def test_what_happens_twice_in_a_story_is_no_copy(tmp_path: Path) -> None:
     assert any(dict(t) for t in twins(finite(story.open())))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_run(data, budget=2)
+        check_run(data, episode=2, budget=2)
 
 
 def test_the_budget_is_enough_for_the_largest_support() -> None:
@@ -150,7 +161,7 @@ def test_weights_of_a_mixture_are_looked_at(tmp_path: Path) -> None:
     files = [str(write_questions(tmp_path / f"{i}.jsonl", 3, seed=i)) for i in range(3)]
     train = [SourceConfig(files[0], weight=1), SourceConfig(files[1])]
     with pytest.raises(DatasetError, match="Some train sources have a weight"):
-        check_run(SupportDataModule(train=train, val_file=files[2]), budget=1)
+        check_run(SupportDataModule(train=train, val_file=files[2]), episode=1, budget=1)
 
 
 @pytest.mark.parametrize(

@@ -229,10 +229,50 @@ def test_what_is_of_no_run_is_left_as_it_is(
     assert path.read_text() == text
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ('--data.train=[{"file": "ruler:vt", "format": "ruler"}]', "needs 'background'; give it"),
+        ('--data.train=[{"file": "a", "limit": 0}]', "limit=0 of a is not allowed"),
+        ("--model.scratch.heads=3", "dimension=32 is not allowed; give a multiple"),
+    ],
+)
+def test_settings_that_are_refused_say_so_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, message: str
+) -> None:
+    left_out = (option.partition("=")[0], f"{option.partition('=')[0]}_file")
+    arguments = [a for a in fit_options(tmp_path) if a.partition("=")[0] not in left_out]
+    assert main([*arguments, option]) == 1
+    assert re.fullmatch(rf"error: .*{message}.*\n", capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_threshold(tmp_path: Path) -> None:
+    assert main(fit_options(tmp_path)) == 0
+    model = tmp_path / "run" / "model"
+    assert main(["calibrate", str(tmp_path / "run"), str(tmp_path / "val.jsonl")]) == 0
+    before = {file.name: file.read_bytes() for file in model.iterdir() if file.is_file()}
+    assert QRAGModel.from_pretrained(model).config.q_threshold is not None
+    assert main(["fit", f"--output_dir={tmp_path / 'run'}", "--resume"]) == 0
+    assert {file.name: file.read_bytes() for file in model.iterdir() if file.is_file()} == before
+
+
+def test_a_trained_model_is_not_overwritten(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert main(fit_options(tmp_path)) == 1
+    assert "holds a trained model whose checkpoint is gone" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model" / "README.md").is_file()
+
+
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(
     whole: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(whole / "model", tmp_path / "run" / "model")
+    model = QRAGModel.from_pretrained(whole / "model", device="cpu")
+    model.config = model.config.replace(training={"updates": 0})
+    model.save_pretrained(tmp_path / "run" / "model")
     shutil.copy(whole / "config.yaml", tmp_path / "run")
     assert main(fit_options(tmp_path, updates=3)) == 0
     assert (
@@ -716,6 +756,10 @@ def test_options_of_another_format_are_refused(tmp_path: Path) -> None:
             read_questions(file, **{option: "there is no such file"})  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match="--sentences belongs to the format babilong"):
         read_questions(file, sentences=[50])
+    with pytest.raises(DatasetError, match="--moves belongs to the format babilong"):
+        read_questions(file, moves=3)
+    with pytest.raises(DatasetError, match="places belongs to stories that are made up"):
+        read_questions("qa1.txt", "babilong", background=str(tmp_path), places=2)
     with pytest.raises(DatasetError, match="--pool: documents of the format babilong"):
         read_questions("simulated:1", "babilong", background=str(tmp_path), pool=True)
 

@@ -56,14 +56,26 @@ def test_more_processes_than_validation_questions(files: list[str]) -> None:
 
 
 def test_what_a_source_cannot_have(files: list[str]) -> None:
-    with pytest.raises(DatasetError, match=r"give .* format='corpus'"):
-        SourceConfig(files[0], corpus="corpus.jsonl")
+    with pytest.raises(DatasetError, match=r"corpus belongs to the format 'corpus'; leave it out"):
+        SourceConfig(files[0], "hotpotqa", corpus="corpus.jsonl")
     with pytest.raises(DatasetError, match=r"limit=5 .* have no end"):
         SourceConfig(files[0], "linked", limit=5)
     with pytest.raises(DatasetError, match=r"background_people belongs .* leave it out"):
         SourceConfig("ruler:niah_single_1", "ruler", background="books", background_people=True)
     with pytest.raises(DatasetError, match=r"background_lookalikes belongs .* leave it out"):
         SourceConfig("a.jsonl", background_lookalikes=0.1)
+    books = {"background": "books"}
+    for format_, file, settings in (
+        ("ruler", "ruler:niah_single_2", {**books, "sentences": (5000, 5000)}),
+        ("babilong", "simulated:1", {**books, "tokens": (32_000, 32_000)}),
+        ("jsonl", "a.jsonl", {"words": "words.txt"}),
+        ("jsonl", "a.jsonl", books),
+        ("babilong", "qa1.txt", {**books, "moves": 3}),
+        ("babilong", "qa1.txt", {**books, "places": 2}),
+    ):
+        *_, name = settings
+        with pytest.raises(DatasetError, match=rf"{name} belongs to .* leave it out beside"):
+            SourceConfig(file, format_, **settings)  # type: ignore[arg-type]
     with pytest.raises(DatasetError, match=r"background_lookalikes=1.0 is not allowed; give a sh"):
         SourceConfig("a", "babilong", background="books", background_lookalikes=1.0)
 

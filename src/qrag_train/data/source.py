@@ -36,6 +36,22 @@ _READERS = {
 _SIMULATED = "simulated:"
 _RULER = "ruler:"
 _NEEDED = (("corpus", "corpus"), ("babilong", "background"), ("ruler", "background"))
+# Settings of some formats, and those of simulated stories.
+_BELONGS: dict[str, tuple[Format, ...]] = {
+    "corpus": ("corpus",),
+    "background": ("babilong", "ruler"),
+    "background_sentences": ("babilong", "ruler"),
+    "background_people": ("babilong",),
+    "background_lookalikes": ("babilong",),
+    "sentences": ("babilong",),
+    "moves": ("babilong",),
+    "places": ("babilong",),
+    "things": ("babilong",),
+    "tokens": ("ruler",),
+    "words": ("ruler",),
+    "questions": ("ruler",),
+}
+_OF_SIMULATED = ("moves", "places", "things")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,16 +116,18 @@ class SourceConfig:
                 raise DatasetError(
                     f"format={format_!r} needs {name!r}; give it beside {self.file}."
                 )
-        if self.corpus is not None and self.format != "corpus":
-            raise DatasetError(
-                f"Questions of the format {self.format!r} have no corpus; give {self.file} "
-                "format='corpus', or leave corpus out."
-            )
-        for name in ("background_people", "background_lookalikes"):
-            if getattr(self, name) and self.format != "babilong":
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        for name, formats in _BELONGS.items():
+            if name in given and self.format not in formats:
                 raise DatasetError(
-                    f"{name} belongs to the format 'babilong'; leave it out beside "
-                    f"{self.file}, whose format is {self.format!r}."
+                    f"{name} belongs to the format {' or '.join(map(repr, formats))}; leave it out "
+                    f"beside {self.file}, whose format is {self.format!r}, or name that format."
+                )
+        for name in _OF_SIMULATED:
+            if name in given and not self.file.startswith(_SIMULATED):
+                raise DatasetError(
+                    f"{name} belongs to stories that are made up, such as {_SIMULATED}2; leave it "
+                    f"out beside {self.file}."
                 )
         if not 0 <= self.background_lookalikes < 1:
             raise DatasetError(
