@@ -3,8 +3,9 @@
     python examples/benchmarks/ship.py runs/multihop_en_further --name multihop-en \
         --beside multihop-en --share 0.2 --keep-em 0.04 \
         --set max_chunk_tokens=256 max_chunk_tokens_in_state=128 max_state_tokens=512 alpha=0.1
-    python examples/benchmarks/ship.py runs/babilong_lookalikes --last --beside babilong --name babilong \
-        --balance --set max_steps=6 alpha=0.01 --questions examples/configs/babilong_threshold.yaml
+    python examples/benchmarks/ship.py runs/babilong_lookalikes --last --beside babilong \
+        --name babilong --balance --set max_steps=6 alpha=0.01 \
+        --questions examples/configs/babilong_threshold.yaml
 
 Of several runs, stages of one training, the model is the mean of their weights; its card has the
 settings of the first. With ``--last`` the weights at the end of each run count beside its best, and
