@@ -233,7 +233,7 @@ class RetrieverAdapter(Constructors):
                 f"{target} holds another model, which save_local did not write, and is left as it "
                 "is; give another folder, or include_model=False."
             )
-        if include_model and not self.index.is_of(self.model):
+        if include_model and self.model.fingerprint != self.index.fingerprint:
             raise FingerprintMismatchError(
                 "The model has changed since the index was made, and the two would not fit when "
                 "they are loaded. Make the index again, or save with include_model=False."

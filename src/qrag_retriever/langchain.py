@@ -6,37 +6,27 @@ import asyncio
 import copy
 import itertools
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from langchain_core.callbacks import (
     AsyncCallbackManagerForRetrieverRun,
     CallbackManagerForRetrieverRun,
-    adispatch_custom_event,
-    dispatch_custom_event,
 )
 from langchain_core.callbacks.manager import AsyncCallbackManager, CallbackManager
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableConfig, ensure_config
-from langchain_core.runnables.config import (
-    get_config_list,
-    set_config_context,
-    var_child_runnable_config,
-)
+from langchain_core.runnables.config import get_config_list, var_child_runnable_config
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from qrag_retriever.adapter import NEEDS, RetrieverAdapter, fill_in, step_data
-from qrag_retriever.collector import in_thread
+from qrag_retriever.adapter import NEEDS, RetrieverAdapter, fill_in
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.documents import document_from_chunk
 from qrag_retriever.errors import InvalidInputError, QRAGError
+from qrag_retriever.langchain_runs import areport, in_threads, inside, report
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.second_stage import SecondStage
 from qrag_retriever.trajectory import Step
-
-STEP_EVENT = "qrag_step"
-
-_T = TypeVar("_T")
 
 
 class QRAGRetriever(BaseRetriever, RetrieverAdapter):
@@ -128,8 +118,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **arguments: Any
     ) -> list[Document]:
         documents = []
-        for step in _inside(run_manager, self.stream_search(query, **arguments)):
-            _report(run_manager, step)
+        for step in inside(run_manager, self.stream_search(query, **arguments)):
+            report(run_manager, step)
             documents.append(self._document(step))
         return documents
 
@@ -138,8 +128,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
     ) -> list[Document]:
         documents = []
         ready = await self._ahaving_asked([run_manager], [query], arguments)
-        async for step in _in_threads(ready.stream_search(query, **arguments)):
-            await _areport(run_manager, step)
+        async for step in in_threads(ready.stream_search(query, **arguments)):
+            await areport(run_manager, step)
             documents.append(self._document(step))
         return documents
 
@@ -179,7 +169,7 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         try:
             ready = self._having_asked(runs, inputs, settings)
             for number, step in ready.stream_search_batch(inputs, **settings):
-                _report(runs[number], step)
+                report(runs[number], step)
                 found[number].append(self._document(step))
         except BaseException as error:
             for run in runs:
@@ -216,8 +206,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         try:
             ready = await self._ahaving_asked(runs, inputs, settings)
             steps = ready.stream_search_batch(inputs, **settings)
-            async for number, step in _in_threads(steps):
-                await _areport(runs[number], step)
+            async for number, step in in_threads(steps):
+                await areport(runs[number], step)
                 found[number].append(self._document(step))
         except BaseException as error:
             for run in runs:
@@ -243,8 +233,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         run = self._open_run(input, config)
         documents: list[Document] = []
         try:
-            for step in _inside(run, self.stream_search(input, **kwargs)):
-                _report(run, step)
+            for step in inside(run, self.stream_search(input, **kwargs)):
+                report(run, step)
                 documents.append(self._document(step))
                 yield documents[-1:]
             if not documents:
@@ -266,8 +256,8 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
         documents: list[Document] = []
         try:
             ready = await self._ahaving_asked([run], [input], kwargs)
-            async for step in _in_threads(ready.stream_search(input, **kwargs)):
-                await _areport(run, step)
+            async for step in in_threads(ready.stream_search(input, **kwargs)):
+                await areport(run, step)
                 documents.append(self._document(step))
                 yield documents[-1:]
             if not documents:
@@ -391,24 +381,3 @@ def _reusable(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that each part of a batch may read."""
     ids = settings.get("exclude_ids")
     return {**settings, "exclude_ids": list(ids)} if isinstance(ids, Iterator) else settings
-
-
-def _report(run: CallbackManagerForRetrieverRun, step: Step) -> None:
-    dispatch_custom_event(STEP_EVENT, step_data(step), config={"callbacks": run.get_child()})
-
-
-async def _areport(run: AsyncCallbackManagerForRetrieverRun, step: Step) -> None:
-    await adispatch_custom_event(STEP_EVENT, step_data(step), config={"callbacks": run.get_child()})
-
-
-def _inside(run: CallbackManagerForRetrieverRun, items: Iterator[_T]) -> Iterator[_T]:
-    """Items; a LangChain retriever that is asked while they are made is a child of the run."""
-    with set_config_context({"callbacks": run.get_child()}) as context:
-        while (item := context.run(next, items, None)) is not None:
-            yield item
-
-
-async def _in_threads(items: Iterator[_T]) -> AsyncIterator[_T]:
-    """Items that each take a while to make; meanwhile the event loop goes on."""
-    while (item := await in_thread(next, items, None)) is not None:
-        yield item

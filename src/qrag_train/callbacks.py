@@ -19,11 +19,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers.utils import logging as transformers_logging
 
-from qrag_retriever.config import QRAGConfig
-from qrag_retriever.errors import QRAGError
-from qrag_retriever.model_files import CONFIG_FILE
 from qrag_train.build import merge_lora
 from qrag_train.card import model_card
+from qrag_train.run_folder import training_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -207,12 +205,8 @@ class BestModel(Callback):
 
 def _is_there(folder: Path, record: Mapping[str, Any]) -> bool:
     """Whether a folder holds the model of this record: one that was calibrated since stays so."""
-    try:
-        config = QRAGConfig.from_json((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, QRAGError):
-        return False
-    known = json.loads(json.dumps(record))
-    return all(config.training.get(name) == value for name, value in known.items())
+    training, known = training_of(folder), json.loads(json.dumps(record))
+    return all(training.get(name) == value for name, value in known.items())
 
 
 def export(module: ValidatedTrainingModule, folder: Path, record: dict[str, Any]) -> None:

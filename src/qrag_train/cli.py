@@ -20,7 +20,7 @@ from qrag_retriever.files import sha256_of, whole_file
 from qrag_train.data.passages import pooled
 from qrag_train.data.sample import FixedSamples, SupportSample, finite
 from qrag_train.data.simulator import OBJECTS, PLACES
-from qrag_train.data.source import Format, SourceConfig
+from qrag_train.data.source import BELONGS, Format, SourceConfig
 from qrag_train.run_folder import model_of
 
 # What training.py runs.
@@ -238,20 +238,21 @@ def read_questions(
         raise DatasetError(
             f"Questions of the format {format} have no corpus; leave --corpus {corpus} out."
         )
-    for value, option, its in (
-        (background, "background", ("babilong", "ruler")),
-        (sentences, "sentences", ("babilong",)),
-        (tokens, "tokens", ("ruler",)),
-        (words, "words", ("ruler",)),
-        (questions, "questions", ("ruler",)),
-        (None if moves == 1 else moves, "moves", ("babilong",)),
-        (None if places == len(PLACES) else places, "places", ("babilong",)),
-        (None if things == len(OBJECTS) else things, "things", ("babilong",)),
-    ):
-        if value is not None and format not in its:
+    given = {
+        "background": background is not None,
+        "sentences": sentences is not None,
+        "tokens": tokens is not None,
+        "words": words is not None,
+        "questions": questions is not None,
+        "moves": moves != 1,
+        "places": places != len(PLACES),
+        "things": things != len(OBJECTS),
+    }
+    for option, is_given in given.items():
+        if is_given and format not in BELONGS[option]:
             raise DatasetError(
-                f"--{option} belongs to the format {' or '.join(its)}, not to {format}; leave it "
-                "out, or name the format."
+                f"--{option} belongs to the format {' or '.join(BELONGS[option])}, not to "
+                f"{format}; leave it out, or name the format."
             )
     if pool and format in ("babilong", "ruler"):
         raise DatasetError(

@@ -111,11 +111,7 @@ class RunFolder:
         return self.model.is_dir() and (is_qrag_model(self.model) or not any(self.model.iterdir()))
 
     def _has_trained_model(self) -> bool:
-        try:
-            text = (self.model / CONFIG_FILE).read_text(encoding="utf-8")
-            training = QRAGConfig.from_json(text).training
-        except (OSError, QRAGError):
-            return False
+        training = training_of(self.model)
         return bool(training.get("updates") or training.get("calibration"))
 
     def _is_own(self) -> bool:
@@ -123,6 +119,14 @@ class RunFolder:
             return self.settings().keys() >= _OF_A_RUN
         except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
             return False
+
+
+def training_of(model: Path) -> dict[str, Any]:
+    """What the model in a folder says of its training; nothing if it cannot be read."""
+    try:
+        return QRAGConfig.from_json((model / CONFIG_FILE).read_text(encoding="utf-8")).training
+    except (OSError, QRAGError):
+        return {}
 
 
 def model_of(name: str | Path) -> str:

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from qrag_retriever.errors import ConfigError
+from qrag_retriever.errors import ConfigError, QRAGError
 from qrag_train.build import build_module
 from qrag_train.callbacks import (
     AtomicCheckpointIO,
@@ -249,10 +249,14 @@ class TrainingCLI(LightningCLI):
         """Make data, model and Trainer; what their settings refuse is said in its own words."""
         try:
             super().instantiate_classes()
+        except QRAGError:
+            raise
         except ValueError as error:
             # of a value that may be of several types the parser tells what each of them says
             said = re.findall(r"(?m)^\s*- (?!Expected a )(.*)$", str(error))
-            raise ConfigError(said[0] if said else str(error)) from error
+            if not said:
+                raise
+            raise ConfigError(said[0]) from error
 
     def before_fit(self) -> None:
         """Check the data, and judge the model as it is at the start."""

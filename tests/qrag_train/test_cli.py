@@ -306,7 +306,9 @@ def test_bad_data_is_refused_before_training(
     file = tmp_path / "bad.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in lines))
     assert main(fit_options(tmp_path, **{f"data.{part}_file": file})) == 1
-    assert re.search(message, capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert str(file) in error
     assert not (tmp_path / "run").exists()
 
 

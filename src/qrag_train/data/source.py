@@ -37,7 +37,7 @@ _SIMULATED = "simulated:"
 _RULER = "ruler:"
 _NEEDED = (("corpus", "corpus"), ("babilong", "background"), ("ruler", "background"))
 # Settings of some formats, and those of simulated stories.
-_BELONGS: dict[str, tuple[Format, ...]] = {
+BELONGS: dict[str, tuple[Format, ...]] = {
     "corpus": ("corpus",),
     "background": ("babilong", "ruler"),
     "background_sentences": ("babilong", "ruler"),
@@ -117,7 +117,7 @@ class SourceConfig:
                     f"format={format_!r} needs {name!r}; give it beside {self.file}."
                 )
         given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        for name, formats in _BELONGS.items():
+        for name, formats in BELONGS.items():
             if name in given and self.format not in formats:
                 raise DatasetError(
                     f"{name} belongs to the format {' or '.join(map(repr, formats))}; leave it out "
