@@ -104,7 +104,7 @@ def score(
             f"states {list(states.shape)}, actions {list(actions.shape)} and {len(retrieved)} lists"
             " of retrieved chunks do not fit; give [S, d], [M, d] and S lists."
         )
-    corpus = _Corpus(actions, rows)
+    corpus = _Corpus(actions, rows, turned=scheme.mode == "absolute")
     states = states.to(actions.device, torch.float32)
     scores = states.new_empty(len(states), corpus.n)
     # where training computes in half precision, validation still scores in float32
@@ -319,9 +319,9 @@ def _score_absolute(scores: Tensor, states: Tensor, corpus: _Corpus, base: float
 
 
 class _Corpus:
-    """The candidate rows of a matrix, read in blocks."""
+    """The candidate rows of a matrix, read in blocks; turned, they have to be in float32."""
 
-    def __init__(self, actions: Rows, rows: NDArray[np.int64] | None) -> None:
+    def __init__(self, actions: Rows, rows: NDArray[np.int64] | None, *, turned: bool) -> None:
         inside = rows is None or not len(rows) or 0 <= rows[0] <= rows[-1] < len(actions)
         if not inside or (rows is not None and (np.diff(rows) < 1).any()):
             raise InvalidInputError(
@@ -333,9 +333,9 @@ class _Corpus:
         self.n = len(actions) if rows is None else len(rows)
         self._width = actions.shape[1]
         self._converted: Tensor | None = None
-        quantized = isinstance(actions, QuantizedRows)
+        as_stored = isinstance(actions, QuantizedRows) and not turned
         # a GPU multiplies integers in some shapes alone
-        self.in_integers = quantized and actions.device.type == "cpu" and multiplies_integers()
+        self.in_integers = as_stored and actions.device.type == "cpu" and multiplies_integers()
 
     def block_rows(self, columns: int) -> int:
         """How many rows to read at a time where each of them fills so many temporary columns."""
