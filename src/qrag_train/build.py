@@ -218,8 +218,10 @@ def _layers(transformer: Any, **asked: int) -> tuple[Any, str]:
 
 
 def _checkpoint_gradients(transformer: Any) -> None:
+    # transformers 5 renamed it
+    enable = getattr(transformer, "activation_checkpointing_enable", None)
     try:
-        transformer.gradient_checkpointing_enable({"use_reentrant": False})
+        (enable or transformer.gradient_checkpointing_enable)({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(
             f"A {type(transformer).__name__} cannot compute its activations again; leave "

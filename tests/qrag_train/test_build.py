@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from qrag_train.build import AdaptConfig, adapted, build_module, merge_lora
 from qrag_train.cli import main
 from qrag_train.scratch import ScratchConfig
 from qrag_train.settings import PQNConfig
+from qrag_train.texts import embed
 
 SMALL = ScratchConfig(layers=2, dimension=32, heads=2, vocabulary=200, max_tokens=64)
 
@@ -184,3 +186,22 @@ def test_what_cannot_be_computed_again_is_told(tmp_path: Path) -> None:
     model = of_kind(tmp_path, MPNetModel, _MPNET)
     with pytest.raises(ConfigError, match=r"A MPNetModel .*leave --model.adapt.gradient_check"):
         adapted(model, AdaptConfig(gradient_checkpointing=True))
+
+
+def test_activations_computed_again_give_the_same_gradients(tmp_path: Path) -> None:
+    def gradients(again: bool) -> tuple[list[torch.Tensor], int]:
+        model = tiny_model(tmp_path / str(again)).train()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            adapted(model, AdaptConfig(gradient_checkpointing=again, dropout=0.0))
+        kept: list[torch.Tensor] = []
+        encoder = model.action_encoder
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            embed(encoder, model.action_ids(list(COLOURS))).square().sum().backward()
+        found = [w.grad for w in encoder.parameters() if w.grad is not None]
+        return found, len(kept)
+
+    plain, kept = gradients(again=False)
+    again, kept_then = gradients(again=True)
+    assert kept_then < kept / 2
+    torch.testing.assert_close(again, plain)
