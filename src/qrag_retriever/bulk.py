@@ -263,9 +263,10 @@ def _rows(batch: Batch, names: list[str]) -> list[dict[str, Any]]:
 def _plain(value: Any) -> Any:
     if isinstance(value, (np.ndarray, np.generic)):
         if value.dtype.kind == "M":  # nanoseconds would become integers
-            times: NDArray[np.datetime64] = np.asarray(value)
-            value = np.datetime_as_string(times).astype(object)
-            value[np.isnat(times)] = None
+            times: NDArray[np.datetime64] = np.atleast_1d(value)
+            texts = np.datetime_as_string(times).astype(object)
+            texts[np.isnat(times)] = None
+            value = texts.reshape(value.shape)
         value = value.tolist()
     if isinstance(value, list):
         return [_plain(entry) for entry in value]

@@ -95,17 +95,12 @@ def to_chunks(
         >>> first.id == to_chunks(["same"])[0].id, first.id == again.id
         (True, False)
     """
-    one = isinstance(items, (str, bytes, Mapping, Chunk)) or hasattr(items, "metadata")
-    if one or not isinstance(items, Iterable):
-        raise InvalidInputError(
-            f"Give a list of texts, Documents, nodes or chunks; got one {type(items).__name__}."
-        )
-    given = list(items)
-    metadata_of = _per_item("metadatas", metadatas, len(given))
+    given = item_list(items)
+    metadata_of = per_item("metadatas", metadatas, len(given))
     id_of = [
         _own_id(item, number) if id_ is None else _checked_id(id_)
         for number, (item, id_) in enumerate(
-            zip(given, _per_item("ids", ids, len(given)), strict=True)
+            zip(given, per_item("ids", ids, len(given)), strict=True)
         )
     ]
     used: set[str] = set()
@@ -122,6 +117,34 @@ def to_chunks(
         _chunk(item, id_, metadata, names)
         for item, id_, metadata in zip(given, id_of, metadata_of, strict=True)
     ]
+
+
+def item_list(items: Iterable[object]) -> list[object]:
+    """What to turn into chunks, as a list; see `to_chunks`.
+
+    Raises:
+        InvalidInputError: If it is one item and no list.
+    """
+    one = isinstance(items, (str, bytes, Mapping, Chunk)) or hasattr(items, "metadata")
+    if one or not isinstance(items, Iterable):
+        raise InvalidInputError(
+            f"Give a list of texts, Documents, nodes or chunks; got one {type(items).__name__}."
+        )
+    return list(items)
+
+
+def per_item(name: str, values: Iterable[Any] | None, count: int) -> Sequence[Any]:
+    """One value for each of ``count`` items, ``None`` where none are given; see `to_chunks`."""
+    if values is None:
+        return [None] * count
+    listed = isinstance(values, Iterable) and not isinstance(values, (str, Mapping))
+    entries = list(values) if listed else None
+    if entries is None or len(entries) != count:
+        raise InvalidInputError(
+            f"{name} must be a list with one entry per item: {count} here; "
+            f"got {type(values).__name__ if entries is None else len(entries)}."
+        )
+    return entries
 
 
 class _IdMaker:
@@ -178,16 +201,3 @@ def _checked_id(id_: object) -> str:
     if not isinstance(id_, str) or not id_:
         raise InvalidInputError(f"ids must be non-empty strings (or None); got {id_!r}.")
     return id_
-
-
-def _per_item(name: str, values: Iterable[Any] | None, count: int) -> Sequence[Any]:
-    if values is None:
-        return [None] * count
-    listed = isinstance(values, Iterable) and not isinstance(values, (str, Mapping))
-    entries = list(values) if listed else None
-    if entries is None or len(entries) != count:
-        raise InvalidInputError(
-            f"{name} must be a list with one entry per item: {count} here; "
-            f"got {type(values).__name__ if entries is None else len(entries)}."
-        )
-    return entries

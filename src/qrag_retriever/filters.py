@@ -159,6 +159,8 @@ def _any(parts: tuple[_Condition, ...]) -> _Condition:
 
 def _listed(value: Any) -> Any:
     """Tuples as lists, which is what a saved index makes of them."""
+    if isinstance(value, Mapping):
+        return {name: _listed(entry) for name, entry in value.items()}
     return [_listed(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 

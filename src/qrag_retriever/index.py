@@ -11,7 +11,7 @@ import numpy as np
 from typing_extensions import Unpack
 
 from qrag_retriever.ann import AnnKind, check_ann
-from qrag_retriever.chunk import Chunk, to_chunks
+from qrag_retriever.chunk import Chunk, item_list, per_item, to_chunks
 from qrag_retriever.chunk_store import MemoryChunks
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.embedding import Embedding, embed_new
@@ -82,6 +82,7 @@ class ChunkIndex(Corpus):
         self.dtype: StorageType = dtype
         self.fingerprint = model.fingerprint
         self._lock = Lock()  # held while the index changes
+        self._saving = Lock()  # held while it is saved
         self.saved: SavedIndex | None = None
         self._generations: dict[Path, str] = {}  # of folders it was loaded from or saved to
         nothing = np.empty((0, model.dimension), dtype=np.float32)
@@ -200,6 +201,10 @@ class ChunkIndex(Corpus):
                 the model returns something other than finite vectors of its dimension.
             FingerprintMismatchError: If the model was changed since the index was made.
         """
+        # what generators do, which may be to change the index, is done before its change begins
+        items = item_list(items)
+        metadatas = per_item("metadatas", metadatas, len(items))
+        ids = per_item("ids", ids, len(items))
         with self._lock:
             old = self._in_memory()
             chunks = to_chunks(
@@ -284,19 +289,20 @@ class ChunkIndex(Corpus):
                 then. (Tuples are saved as lists.)
             OSError: If the folder cannot be written to, or the disk is full.
         """
-        snapshot = self._snapshot
-        ann = None if self.ann == "flat" else snapshot.ann
-        content = IndexContent(
-            chunks=snapshot.chunks,
-            vectors=snapshot.vectors,
-            fingerprint=self.fingerprint,
-            ann_kind=self.ann,
-            ann=None if ann is None else ann.to_bytes(),
-        )
         folder = Path(path).expanduser()
-        known = self._generations.get(folder.resolve())
-        generation = write_index(folder, content, None if overwrite else known)
-        self._remember(SavedIndex(folder.resolve(), generation, snapshot.version))
+        with self._saving:
+            snapshot = self._snapshot
+            ann = None if self.ann == "flat" else snapshot.ann
+            content = IndexContent(
+                chunks=snapshot.chunks,
+                vectors=snapshot.vectors,
+                fingerprint=self.fingerprint,
+                ann_kind=self.ann,
+                ann=None if ann is None else ann.to_bytes(),
+            )
+            known = self._generations.get(folder.resolve())
+            generation = write_index(folder, content, None if overwrite else known)
+            self._remember(SavedIndex(folder.resolve(), generation, snapshot.version))
 
     @classmethod
     def load(

@@ -268,6 +268,7 @@ def saving(
 
     Raises:
         InvalidInputError: If the target holds something other than a Q-RAG model.
+        OSError: If the folder cannot be written to, or the disk is full.
     """
     folder = folder.expanduser()
     if folder.resolve() in (Path.cwd(), *Path.cwd().parents):
@@ -281,12 +282,15 @@ def saving(
             "empty or new folder."
         )
     with replacing(folder) as new:
-        if compactly:
-            with tempfile.TemporaryDirectory() as plain:
-                _write(model, config, Path(plain), name=folder.name)
-                compact.pack(Path(plain), new)
-        else:
-            _write(model, config, new, name=folder.name, names=names)
+        try:
+            if compactly:
+                with tempfile.TemporaryDirectory() as plain:
+                    _write(model, config, Path(plain), name=folder.name)
+                    compact.pack(Path(plain), new)
+            else:
+                _write(model, config, new, name=folder.name, names=names)
+        except SafetensorError as error:  # which is what a full disk is to it
+            raise OSError(f"The model cannot be written to {folder} ({error}).") from error
         yield new
 
 

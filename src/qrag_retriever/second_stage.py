@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qrag_retriever.candidates import Candidates
+    from qrag_retriever.config import QRAGConfig
     from qrag_retriever.model import QRAGModel
     from qrag_retriever.trajectory import Trajectory
 
@@ -50,7 +51,7 @@ class EmbeddingCache:
     def __init__(self, model: QRAGModel, size: int = 10_000) -> None:
         self.model = model
         self.size = size
-        self._version = self.model.action_encoder.version
+        self._made_by = self._now()
         self._kept: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._lock = Lock()
 
@@ -61,10 +62,10 @@ class EmbeddingCache:
             InvalidInputError: If the model returns something other than finite vectors.
         """
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
-        version = self.model.action_encoder.version
+        now = self._now()
         with self._lock:
-            if version != self._version:  # the model was trained in the meantime
-                self._version = version
+            if now != self._made_by:  # the model was changed in the meantime
+                self._made_by = now
                 self._kept.clear()
             known = {key: self._kept[key] for key in keys if key in self._kept}
         new = {key: text for key, text in zip(keys, texts, strict=True) if key not in known}
@@ -76,7 +77,7 @@ class EmbeddingCache:
             )
             known.update(zip(new, vectors, strict=True))
         with self._lock:
-            if version == self._version:
+            if now == self._made_by:
                 for key in keys:
                     # a row of its own, which does not keep the batch it came from
                     self._kept[key] = known[key].copy() if key in new else known[key]
@@ -85,6 +86,10 @@ class EmbeddingCache:
                 self._kept.popitem(last=False)
         vectors = np.array([known[key] for key in keys], dtype=np.float32)
         return vectors.reshape(len(texts), self.model.dimension)
+
+    def _now(self) -> tuple[int, QRAGConfig]:
+        """What embeddings depend on, weights and settings, as they are at this moment."""
+        return self.model.action_encoder.version, self.model.config
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -244,6 +244,8 @@ def test_metadata_of_bulk_can_be_saved(tiny_model: QRAGModel, tmp_path: Path) ->
         "embedding": tiny_model.encode_actions(TEXTS[:2]),
         "tags": objects(np.array(["a", "b"]), np.array(["c"])),
         "when": np.array(["NaT", "2021-02-03T04:05"], dtype="datetime64[ns]"),
+        "day": objects(np.datetime64("NaT", "D"), np.datetime64("2021-02-03")),
+        "days": objects({"first": np.datetime64("2021-02-03")}, None),
     }
     index = index_of(Rows(batch), tiny_model)
     index.save(tmp_path)
@@ -251,3 +253,5 @@ def test_metadata_of_bulk_can_be_saved(tiny_model: QRAGModel, tmp_path: Path) ->
     assert [chunk.metadata["tags"] for chunk in chunks] == [["a", "b"], ["c"]]
     assert chunks[0].metadata["when"] is None
     assert chunks[1].metadata["when"].startswith("2021-02-03T04:05:00")
+    assert [chunk.metadata["day"] for chunk in chunks] == [None, "2021-02-03"]
+    assert [chunk.metadata["days"] for chunk in chunks] == [{"first": "2021-02-03"}, None]

@@ -325,12 +325,15 @@ def test_equal_filters_have_equal_keys_and_others_do_not() -> None:
     assert compiled(llama(value=1)).key == compiled({"k": 1}).key
 
 
+@pytest.mark.parametrize("in_a_mapping", [False, True])
 @pytest.mark.parametrize("found", [("x", "y"), ["x", "y"]])
 @pytest.mark.parametrize("wanted", [("x", "y"), ["x", "y"]])
-def test_tuples_are_lists_as_in_a_saved_index(found, wanted):
+def test_tuples_are_lists_as_in_a_saved_index(found, wanted, in_a_mapping):
+    if in_a_mapping:
+        found, wanted = {"q": found}, {"q": wanted}
     metadata = {"p": found}
     for filter_, passes in (
-        ({"p": wanted}, True),
+        ({"p": {"$eq": wanted}}, True),
         ({"p": {"$ne": wanted}}, False),
         ({"p": {"$in": [wanted, "z"]}}, True),
         ({"p": {"$nin": [wanted]}}, False),

@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from fake_model import FakeModel, vectors_of
 from langchain_core.documents import Document
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 
+from qrag_retriever import index as index_module
 from qrag_retriever import vectors as vectors_module
 from qrag_retriever.chunk import Chunk
 from qrag_retriever.chunk_store import MemoryChunks
@@ -285,6 +289,48 @@ def test_two_threads_adding_lose_nothing() -> None:
     texts = [chunk.text for chunk in index.snapshot().chunks]
     assert sorted(texts) == ["a"] * 50 + ["b"] * 50
     assert np.array_equal(index.snapshot().embeddings, vectors_of(texts))
+
+
+def test_what_is_added_may_change_the_index_while_it_is_read() -> None:
+    index = ChunkIndex.from_texts(["1", "2", "3"], ids=["1", "2", "3"], model=FakeModel())
+
+    def fresh() -> Iterator[str]:
+        index.delete(["1"])
+        yield "4"
+        thread = threading.Thread(target=lambda: index.add(["5"]), daemon=True)
+        thread.start()
+        thread.join(60)  # nobody waits for whoever waits for him
+        assert not thread.is_alive()
+        yield "6"
+
+    index.add(fresh())
+    texts = [chunk.text for chunk in index.snapshot().chunks]
+    assert texts == ["2", "3", "5", "4", "6"]
+    assert np.array_equal(index.snapshot().embeddings, vectors_of(texts))
+
+
+def test_two_threads_saving_leave_the_last_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = ChunkIndex.from_texts(["1", "2", "3"], model=FakeModel())
+    writing, write = threading.Event(), index_module.write_index
+
+    def slowly(*arguments: Any) -> str:
+        if not writing.is_set():
+            writing.set()
+            time.sleep(0.3)
+        return write(*arguments)
+
+    monkeypatch.setattr(index_module, "write_index", slowly)
+    thread = threading.Thread(target=index.save, args=[tmp_path / "index"])
+    thread.start()
+    writing.wait()
+    index.delete([index.snapshot().chunks[0].id])
+    index.save(tmp_path / "index")
+    thread.join()
+    assert len(ChunkIndex.load(tmp_path / "index", model=index.model)) == 2
+    with ThreadPoolExecutor(3) as pool:  # none takes another one's save for a stranger's
+        list(pool.map(index.save, [tmp_path / "index"] * 9))
 
 
 def test_select_keeps_results_of_filters_until_the_index_changes() -> None:

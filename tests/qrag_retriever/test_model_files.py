@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
@@ -276,7 +277,7 @@ def test_new_empty_and_old_folders(tiny_model: QRAGModel, tmp_path: Path) -> Non
     assert '"positions": "relative"' in card
 
 
-@pytest.mark.parametrize("broken", ["write", "rename"])
+@pytest.mark.parametrize("broken", ["write", "rename", "write tensors"])
 def test_a_failing_save_leaves_the_old_model(
     broken: str, tiny_model: QRAGModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,7 +290,7 @@ def test_a_failing_save_leaves_the_old_model(
         return replace(self, target)
 
     def fail_to_write(*_: Any, **__: Any) -> None:
-        raise OSError("no space left")
+        raise (OSError if broken == "write" else SafetensorError)("no space left")
 
     if broken == "rename":
         monkeypatch.setattr(Path, "replace", fail_to_rename)

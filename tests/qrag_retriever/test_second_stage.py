@@ -387,6 +387,17 @@ def test_training_the_model_makes_kept_embeddings_worthless():
     assert (after != before).any()
 
 
+@pytest.mark.parametrize("change", [{"scale": 2.0}, {"chunk_prompt": "passage: "}])
+def test_so_do_changed_settings(change):
+    model = make_model()
+    cache = EmbeddingCache(model)
+    before = cache.embed(TEXTS)
+    model.config = model.config.replace(**change)
+    after = cache.embed(TEXTS)
+    assert (after == model.encode_actions(TEXTS)).all()
+    assert (after != before).any()
+
+
 @pytest.mark.parametrize(
     "model", [shared_model("relative"), make_model(state_order="document")], ids=["rho", "order"]
 )

@@ -330,6 +330,13 @@ def test_what_cannot_be_right_is_refused(over):
     renamed.chunks[:] = [Chunk(f"new-{c.id}", c.text, c.metadata) for c in CHUNKS]
     with pytest.raises(VectorStoreError, match=r"have the same number .*changed during the search"):
         next(steps)
+    steps = over(moved := Memory(), RELATIVE).stream_search(QUERY)
+    place = IDS.index(next(steps).chunk.id)
+    other = (place + 1) % len(CHUNKS)
+    for here, there in ((place, other), (other, place)):
+        moved.chunks[here] = Chunk(IDS[here], TEXTS[here], METADATAS[there])
+    with pytest.raises(VectorStoreError, match=r"had the number .*changed during the search"):
+        list(steps)
     retriever = over(Memory(), RELATIVE)
     retriever.index._store.lost = 1
     with pytest.raises(VectorStoreError, match="returned 0 of 1 chunks"):

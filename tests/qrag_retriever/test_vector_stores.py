@@ -269,6 +269,23 @@ def with_empty_parts(name):
     return [empty, MetadataFilters(filters=[empty]), MetadataFilters(filters=[a, empty])]
 
 
+@pytest.mark.parametrize("name", ["llama-index-qdrant", "llama-index-milvus"])
+def test_llama_index_filters_for_a_document(name, tmp_path):
+    from llama_index.core.schema import NodeRelationship, RelatedNodeInfo
+
+    items, wanted = items_for(name), {"story": [], "other": []}
+    for number, item in enumerate(items):
+        document = ("story", "other")[number % 2]
+        item.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=document)
+        wanted[document].append(id_of(item))
+    own = ENGINES[name]
+    store = own.fill(PLAIN, tmp_path, items)
+    for key in ("doc_id", "ref_doc_id"):
+        for document, ids in wanted.items():
+            found = over(store, k=len(ids) + 1, filter=own.where(**{key: document})).search(QUERY)
+            assert sorted(found.chunk_ids) == sorted(ids)
+
+
 def test_filters_with_empty_parts(filled, request):
     store, _, _ = filled
     for empty in with_empty_parts(request.node.callspec.id):

@@ -202,6 +202,7 @@ class _StoreCandidates:
         while asked:
             answers = self._store.search([request for _, request in asked])
             for (row, _), hits in zip(asked, answers, strict=True):
+                self._check_numbers(hits)
                 new = (hit for hit in hits if hit.chunk.id not in never[row])
                 found[row].update((hit.chunk.id, hit) for hit in new)
             least = [self._least(hits) for hits in found]
@@ -241,6 +242,20 @@ class _StoreCandidates:
 
     def _q(self, hit: Hit) -> np.float32:
         return np.float32(self._to_q(float(hit.score)))
+
+    def _check_numbers(self, hits: Sequence[Hit]) -> None:
+        """Chunks stay where they are while a search goes on.
+
+        Raises:
+            VectorStoreError: If one has another number than before.
+        """
+        for hit in hits if self.n is not None else ():
+            before = self._number_of.get(hit.chunk.id)
+            if before is not None and before != _place(hit):
+                raise VectorStoreError(
+                    f"{self._store.kind}: the chunk {hit.chunk.id!r} had the number {before} and "
+                    f"has {hit.number} now; the store changed during the search: search again."
+                )
 
     def _take_in(self, hits: dict[str, Hit]) -> None:
         """Number those that are new, in document order.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,15 @@ class MetadataFiltered(FilteredStore):
         return self._native(VectorStoreQuery(filters=filter))
 
     def _guard(self, filter: Any) -> Callable[[Chunk], bool]:
-        return compile_filter(filter)
+        passes = compile_filter(filter)
+        return lambda chunk: passes(
+            dataclasses.replace(chunk, metadata={**chunk.metadata, **_of_document(chunk.source)})
+        )
+
+
+def _of_document(node: BaseNode) -> dict[str, str]:
+    """What LlamaIndex writes beside the metadata of a node, so that one can filter for it."""
+    return dict.fromkeys(("document_id", "doc_id", "ref_doc_id"), node.ref_doc_id or "None")
 
 
 def chunk_of(node: BaseNode, key: object = None) -> Chunk:
