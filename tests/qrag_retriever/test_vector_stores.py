@@ -273,17 +273,18 @@ def with_empty_parts(name):
 def test_llama_index_filters_for_a_document(name, tmp_path):
     from llama_index.core.schema import NodeRelationship, RelatedNodeInfo
 
-    items, wanted = items_for(name), {"story": [], "other": []}
+    items, wanted = items_for(name), {"story": set(), "other": set()}
     for number, item in enumerate(items):
         document = ("story", "other")[number % 2]
         item.relationships[NodeRelationship.SOURCE] = RelatedNodeInfo(node_id=document)
-        wanted[document].append(id_of(item))
+        wanted[document].add(id_of(item))
     own = ENGINES[name]
     store = own.fill(PLAIN, tmp_path, items)
     for key in ("doc_id", "ref_doc_id"):
         for document, ids in wanted.items():
-            found = over(store, k=len(ids) + 1, filter=own.where(**{key: document})).search(QUERY)
-            assert sorted(found.chunk_ids) == sorted(ids)
+            found = over(store, k=9, filter=own.where(**{key: document})).search(QUERY)
+            assert len(found) == 9
+            assert set(found.chunk_ids) <= ids
 
 
 def test_filters_with_empty_parts(filled, request):
