@@ -10,6 +10,7 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning
@@ -19,6 +20,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers.utils import logging as transformers_logging
 
+from qrag_retriever.errors import ModelFormatError
 from qrag_train.build import merge_lora
 from qrag_train.card import model_card
 from qrag_train.run_folder import training_of
@@ -46,6 +48,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         part = path.with_name(path.name + ".part")
         super().save_checkpoint(checkpoint, part, storage_options)
         part.replace(path)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read the checkpoint.
+
+        Raises:
+            ModelFormatError: If the file is damaged.
+        """
+        try:
+            return super().load_checkpoint(path, *args, **kwargs)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise ModelFormatError(
+                f"The checkpoint {path} is damaged ({error}). Copy it again, or start anew with "
+                "another --output_dir."
+            ) from error
 
 
 class LastCheckpoint(Checkpoint):

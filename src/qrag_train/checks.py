@@ -29,6 +29,7 @@ _FREE = (
     "preset",
     "weights_only",
     "checkpoint_minutes",
+    "trainer.max_time",
 )
 
 
@@ -146,6 +147,11 @@ def check_interval(val_check_interval: int | float | None, updates: int) -> None
     Raises:
         ConfigError: If not even one validation would take place.
     """
+    if val_check_interval is not None and val_check_interval <= 0:
+        raise ConfigError(
+            f"--trainer.val_check_interval {val_check_interval} is not allowed; give a number of "
+            "updates from 1, or a fraction of the training such as 0.1."
+        )
     if isinstance(val_check_interval, int) and val_check_interval > updates:
         raise ConfigError(
             f"--trainer.val_check_interval {val_check_interval} is more than the {updates} updates "
@@ -187,7 +193,7 @@ def check_same_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> None
     lines = [
         f"  {name}: {old.get(name)!r} before, {new.get(name)!r} now"
         for name in sorted(old.keys() | new.keys())
-        if name.split(".")[0] not in _FREE and old.get(name) != new.get(name)
+        if not {name, name.split(".")[0]} & {*_FREE} and old.get(name) != new.get(name)
     ]
     if lines:
         raise ConfigError(

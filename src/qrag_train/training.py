@@ -6,8 +6,11 @@ import argparse
 import logging
 import re
 import shlex
+import signal
 import sys
+import threading
 import warnings
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -37,7 +40,7 @@ from qrag_train.data.datamodule import SupportDataModule
 from qrag_train.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from lightning.pytorch.loggers import Logger
 
@@ -146,6 +149,8 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read the command line, and refuse a seed that cannot be one."""
+        named = (re.match(r"--model\.(\w+)", argument) for argument in args)
+        self._named = {match[1] for match in named if match}  # settings of the model
         super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything
         if not 0 <= seed <= _MOST_SEED:
@@ -172,6 +177,11 @@ class TrainingCLI(LightningCLI):
 
     def _enter(self, config: Any) -> None:
         """Check that the folder is new, or holds the run that is to be resumed."""
+        if config.ckpt_path is not None:
+            raise ConfigError(
+                "fit takes no --ckpt_path: a run goes on by --resume, and a new one starts from "
+                "the model of another by --model.encoder FOLDER/model."
+            )
         if config.resume:
             self.folder.require_run()
             check_same_config(self.folder.settings(), yaml.safe_load(self._dump()))
@@ -187,7 +197,8 @@ class TrainingCLI(LightningCLI):
         if self.folder.model.is_dir():
             now = yaml.safe_load(self._dump())["model"]
             before = self.folder.settings()["model"] if started else now
-            _judge_model(settings, self.folder.model, {n for n in now if now[n] != before.get(n)})
+            in_files = {name for name in now if now[name] != before.get(name)}
+            _judge_model(settings, self.folder.model, self._named | in_files)
 
     def _dump(self) -> str:
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
@@ -267,21 +278,37 @@ class TrainingCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 self.folder.path.mkdir(parents=True, exist_ok=True)
                 self.folder.settings_file.write_text(self._dump(), encoding="utf-8")
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self._validate()
 
     def fit(self, **kwargs: Any) -> None:
         """Train; when Ctrl-C ends it, say how to go on."""
-        try:
+        with self._interruptible():
             self.trainer.fit(**kwargs)
+
+    def _validate(self) -> None:
+        with self._interruptible():
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let Ctrl-C end with a word on how to go on."""
+        handler = signal.getsignal(signal.SIGINT)
+        try:
+            yield
         except SystemExit:
-            if self.trainer.interrupted:
+            if not self.trainer.interrupted:
+                raise
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, handler)  # Lightning has begun to ignore it
+            if self.folder.checkpoint.is_file():
                 self._draw_curves()
                 print(
                     f"Stopped after update {self.trainer.global_step}; go on with:\n"
                     f"  qrag-train fit --output_dir {shlex.quote(str(self.folder.path))} --resume"
                 )
-                raise SystemExit(_INTERRUPTED) from None
-            raise
+            else:
+                print("Stopped before the first update; the same command starts again.")
+            raise SystemExit(_INTERRUPTED) from None
 
     def _draw_curves(self) -> None:
         if self.trainer.is_global_zero:
@@ -290,7 +317,7 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         """Judge the last weights, draw the curves and say where all is."""
         if self.best.judged_at != self.trainer.global_step:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self._validate()
         if self.trainer.is_global_zero and (best := self.best.figures):
             self._draw_curves()
             print(
@@ -299,6 +326,12 @@ class TrainingCLI(LightningCLI):
                 f"{best['fact_em']:.3f}.\n"
                 f"Curves, logs and the last checkpoint are in {self.folder.path}."
             )
+            limit = self._get(self.config, "trainer.max_time")
+            if limit is not None and self.trainer.global_step < self.trainer.max_steps:
+                print(
+                    "The time given is used up (--trainer.max_time); the run goes on with "
+                    "--resume and more of it."
+                )
             if self.best.updates == 0:
                 print(
                     "It is the model that the training started from: no validation was better. "
@@ -341,12 +374,12 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
     """The arguments with the files that stand behind ``--preset`` and ``--output_dir``.
 
     A preset goes in front, so that everything else overrides it. A run that is resumed or judged
-    has its own settings unless others are given.
+    has its own settings unless others are given. Which run it is no file says better.
     """
     command, *others = arguments
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     options.add_argument("--preset")
-    options.add_argument("--output_dir", type=Path)
+    options.add_argument("--output_dir")
     options.add_argument("--resume", action="store_true")
     options.add_argument("-c", "--config", action="append", default=[])
     known, _ = options.parse_known_args(others)
@@ -355,15 +388,21 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
         files.append(_PRESETS / f"{known.preset}.yaml")
         place = next(i for i, other in enumerate(others) if other.startswith("--preset"))
         del others[place : place + (1 if "=" in others[place] else 2)]
-    own = known.output_dir and RunFolder(known.output_dir).settings_file
-    if own and own.is_file() and not known.config and (known.resume or command != "fit"):
-        files.append(own)
-    return [command, *(f"--config={file}" for file in files), *others]
+    run = []
+    if known.output_dir is not None:
+        run.append(f"--output_dir={known.output_dir}")
+        own = RunFolder(Path(known.output_dir)).settings_file
+        if own.is_file() and not known.config and (known.resume or command != "fit"):
+            files.append(own)
+    if known.resume:
+        run.append("--resume")
+    return [command, *(f"--config={file}" for file in files), *others, *run]
 
 
 def _run_name(config: Any) -> str:
     """A name for a run: of its own config file, of its training data."""
-    files = [str(path) for path in config.config or [] if path.parent != _PRESETS]
+    configs = [Path(str(path)) for path in config.config or []]
+    files = [str(path) for path in configs if path.parent != _PRESETS]
     files += [config.data.train_file] if config.data.train_file else []
     files += [source.file for source in config.data.train or []]
     return Path(files[0]).stem if files else "run"

@@ -13,6 +13,7 @@ import torch
 from tiny import Colours, tiny_model
 
 from qrag_retriever import QRAGModel, SearchOptions
+from qrag_retriever.errors import ModelFormatError
 from qrag_train.build import AdaptConfig, adapted
 from qrag_train.callbacks import (
     AtomicCheckpointIO,
@@ -108,6 +109,15 @@ def test_a_checkpoint_is_whole_or_not_there(
     assert file.read_bytes() == before
     io.save_checkpoint({"a": torch.tensor(2)}, file)
     assert io.load_checkpoint(file)["a"] == 2
+
+
+@pytest.mark.parametrize("length", [0, 10, 500])
+def test_a_damaged_checkpoint_says_so(tmp_path: Path, length: int) -> None:
+    io, file = AtomicCheckpointIO(), tmp_path / "last.ckpt"
+    io.save_checkpoint({"a": torch.ones(1000)}, file)
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ModelFormatError, match=r"last.ckpt is damaged .*start anew"):
+        io.load_checkpoint(file)
 
 
 class PressCtrlC(lightning.Callback):

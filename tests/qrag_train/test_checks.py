@@ -184,3 +184,6 @@ def test_at_least_one_validation_takes_place() -> None:
     check_interval(5, 5)
     with pytest.raises(ConfigError, match="6 is more than the 5 updates"):
         check_interval(6, 5)
+    for never in (0, -1, 0.0):
+        with pytest.raises(ConfigError, match="give a number of updates from 1"):
+            check_interval(never, 5)

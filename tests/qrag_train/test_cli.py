@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from qrag_train.callbacks import BestModel
 from qrag_train.cli import main, read_questions
 from qrag_train.curves import read_curves
 from qrag_train.module import QRAGTrainingModule
+from qrag_train.validation import ValidatedTrainingModule
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 TRAININGS = [file for file in sorted(CONFIGS.glob("*.yaml")) if "\nmodel:" in file.read_text()]
@@ -153,6 +155,24 @@ def test_ctrl_c_saves_says_how_to_go_on_and_can_be_resumed_by_the_folder_alone(
     assert f"is in {run / 'model'}: validation {told}." in said
 
 
+def test_ctrl_c_before_the_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ValidatedTrainingModule, "validation_step", interrupted)
+        with pytest.raises(SystemExit) as stop:
+            main(fit_options(tmp_path, updates=2))
+    assert stop.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "Stopped before the first update; the same command" in capsys.readouterr().out
+    assert main(fit_options(tmp_path, updates=2)) == 0
+
+
 def test_a_run_is_resumed_with_its_own_settings_alone(
     whole: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +182,64 @@ def test_a_run_is_resumed_with_its_own_settings_alone(
     assert "model.pqn.alpha: 0.03 before, 0.4 now" in error
     assert "trainer.max_steps: 6 before, 9 now" in error
     assert error.count(" before, ") == 2
+
+
+def test_a_run_may_go_on_for_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = fit_options(tmp_path, updates=9, **{"trainer.max_time": "00:00:00:04"})
+    seconds = itertools.count()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "lightning.pytorch.callbacks.timer.Timer.time_elapsed", lambda *_: next(seconds)
+        )
+        assert main(options) == 0
+    assert "The time given is used up (--trainer.max_time)" in capsys.readouterr().out
+    resume = ["fit", f"--output_dir={tmp_path / 'run'}", "--resume"]
+    assert main([*resume, "--trainer.max_time=01:00:00:00"]) == 0
+    out = capsys.readouterr().out
+    assert " of 9, is in" in out
+    assert "used up" not in out
+
+
+def test_a_run_does_not_start_from_a_checkpoint(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = whole / "checkpoints" / "last.ckpt"
+    for options in (
+        fit_options(tmp_path, ckpt_path=checkpoint),
+        ["fit", f"--output_dir={whole}", "--resume", f"--ckpt_path={checkpoint}"],
+    ):
+        assert main(options) == 1
+        assert "goes on by --resume, and a new one starts" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_called_by_its_config_or_its_data(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = [a for a in fit_options(tmp_path, updates=2) if "output_dir" not in a]
+    (tmp_path / "mine.yaml").write_text("trainer: {accelerator: cpu}")
+    assert main([*options, "--config", "mine.yaml"]) == 0
+    assert (tmp_path / "runs" / "mine" / "model").is_dir()
+    (tmp_path / "train.jsonl").write_text("")
+    encoder = f"--model.encoder={whole / 'model'}"
+    files = ["--data.train_file=train.jsonl", "--data.val_file=val.jsonl"]
+    assert main(["fit", "--preset=hotpotqa", encoder, *files]) == 1
+    assert "error: " in capsys.readouterr().err  # of what does not fit, and no other
+
+
+def test_no_config_says_which_run_it_is(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
+    config = tmp_path / "copy" / "config.yaml"  # names the folder of the other one
+    before = (whole / "checkpoints" / "last.ckpt").read_bytes()
+    for order in (["--resume", f"--config={config}"], [f"--config={config}", "--resume"]):
+        assert main(["fit", f"--output_dir={tmp_path / 'copy'}", *order]) == 0
+        assert f"is in {tmp_path / 'copy' / 'model'}" in capsys.readouterr().out
+    assert (whole / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
 def test_a_run_is_not_overwritten(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,6 +512,39 @@ def test_a_run_is_judged_with_what_is_given_anew(
     assert figures("--model.max_steps=1") != usual
     other = tiny_model(tmp_path / "encoder", max_steps=1).save_pretrained(tmp_path / "other")
     assert figures(f"--model.encoder={other}") != usual
+
+
+def test_settings_given_anew_count_though_the_run_started_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = tiny_model(tmp_path / "encoder", max_steps=2).save_pretrained(tmp_path / "start")
+    options = [a for a in fit_options(tmp_path, updates=8) if ".scratch." not in a]
+    assert main([*options, f"--model.encoder={start}"]) == 0
+
+    def figures(*named: str) -> str:
+        assert main(["validate", f"--output_dir={tmp_path / 'run'}", *named]) == 0
+        return capsys.readouterr().out
+
+    capsys.readouterr()
+    trained, anew = figures(), figures(f"--model.encoder={start}")
+    assert anew != trained
+    (tmp_path / "same").symlink_to(start)
+    assert figures(f"--model.encoder={tmp_path / 'same'}") == anew
+
+
+def test_a_checkpoint_is_judged_without_the_training_questions(tmp_path: Path) -> None:
+    start = tiny_model(tmp_path / "encoder").save_pretrained(tmp_path / "start")
+    lines = [f'{{"id": "{thing}", "text": "the {thing} fell"}}\n' for thing in "abcdefgh"]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    named = {"data.corpus": tmp_path / "corpus.jsonl", "data.candidates": 6, "model.encoder": start}
+    options = [a for a in fit_options(tmp_path, updates=2, **named) if ".scratch." not in a]
+    for part, things in (("train", "abcd"), ("val", "efgh")):
+        lines = [f'{{"id": "{i}", "question": "{i}?", "support": ["{i}"]}}\n' for i in things]
+        (tmp_path / f"{part}.jsonl").write_text("".join(lines))
+    assert main(options) == 0
+    (tmp_path / "train.jsonl").unlink()
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    assert main(["validate", f"--output_dir={tmp_path / 'run'}", f"--ckpt_path={checkpoint}"]) == 0
 
 
 def test_training_stops_where_it_diverges(

@@ -48,6 +48,15 @@ def test_several_validation_files_are_united_and_no_question_counts_twice(files:
         assert 3 <= firsts <= 6 if sources is weighted else 5 <= firsts <= 15
 
 
+def test_made_up_validation_and_test_questions_are_others(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("It rained the whole day long. Nobody came to see them.")
+    made = [SourceConfig("simulated:1", "babilong", background=str(tmp_path), sentences=(10, 12))]
+    data = SupportDataModule("unused", val=made, test=made, val_samples=20)
+    val, test = ({sample.chunks for sample in data.samples(part)} for part in ("val", "test"))
+    assert len(val) == len(test) == 20
+    assert not val & test
+
+
 def test_more_processes_than_validation_questions(files: list[str]) -> None:
     data = SupportDataModule(files[0], files[1], val_samples=3)
     data.trainer = SimpleNamespace(global_rank=0, world_size=4)  # type: ignore[assignment]

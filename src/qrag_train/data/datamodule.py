@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import numpy as np
+from lightning.pytorch.trainer.states import TrainerFn
 
 from qrag_retriever.errors import DatasetError
 from qrag_train.data.candidates import CandidateSets
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from qrag_retriever.model import QRAGModel
 
 # One validation set for runs with different seeds.
-_VALIDATION_SEED = 1
+_SEEDS = {"val": 1, "test": 2}  # the best model was chosen on the former
 
 
 class SupportDataModule(lightning.LightningDataModule):
@@ -143,7 +144,9 @@ class SupportDataModule(lightning.LightningDataModule):
         return {str(number): s.hard_negatives for number, s in self.candidate_sets().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint; to judge one takes no training questions."""
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
         for number, sets in self.candidate_sets().items():
             sets.hard_negatives = state_dict[str(number)]
 
@@ -158,8 +161,8 @@ class SupportDataModule(lightning.LightningDataModule):
             file for _, file in self.sources(part) if isinstance(file, Sequence)
         ]
         if len(files) < len(self.sources(part)):
-            return FixedSamples(source, count, _VALIDATION_SEED)
-        random = np.random.default_rng(_VALIDATION_SEED)
+            return FixedSamples(source, count, _SEEDS[part])
+        random = np.random.default_rng(_SEEDS[part])
         weights = [config.weight or 0.0 for config, _ in self.sources(part)]
         if len(files) > 1 and sum(weights) > 0 and sum(map(len, files)) > count:
             shares = [math.ceil(count * weight / sum(weights)) for weight in weights]
