@@ -162,6 +162,8 @@ class Constructors:
             InvalidInputError: If ``base`` is no retriever or a setting is out of range.
             ModelFormatError: If the model cannot be loaded.
         """
+        if base is None:
+            raise InvalidInputError("Give a LangChain or LlamaIndex retriever; got None.")
         settings = resolve_aliases({"model": model, **settings})
         stage = SecondStage(
             base,

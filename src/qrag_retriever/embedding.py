@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -176,10 +177,14 @@ def _encoded(
     for device in devices:
         free.put(device)
     threads = max(1, torch.get_num_threads() // len(devices))
-    start = (pickle.dumps(model), free, threads)
     try:
-        with ProcessPoolExecutor(len(devices), context, _start, start) as pool:
-            yield from pool.map(_encode, parts)
+        # in a file: what is sent to a process that ends at once would be waited for without end
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            file = Path(folder, "model")
+            file.write_bytes(pickle.dumps(model))
+            start = (file, free, threads)
+            with ProcessPoolExecutor(len(devices), context, _start, start) as pool:
+                yield from pool.map(_encode, parts)
     except BrokenProcessPool as error:
         raise QRAGError(
             "A process that embeds chunks has ended (out of memory, killed, or started by a script "
@@ -191,11 +196,12 @@ def _encoded(
 _worker: dict[str, Any] = {}  # in a process of its own: the model
 
 
-def _start(model: bytes, free: SimpleQueue[str], threads: int) -> None:
+def _start(file: Path, free: SimpleQueue[str], threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    _worker["model"] = pickle.loads(model).to(free.get())  # noqa: S301 (our own parent's)
+    model = pickle.loads(file.read_bytes())  # noqa: S301 (our own parent's)
+    _worker["model"] = model.to(free.get())
 
 
 def _encode(texts: Sequence[str]) -> NDArray[np.float32]:

@@ -103,7 +103,8 @@ class _Test:
     def holds(self, metadata: Mapping[str, Any]) -> bool | None:
         found = _listed(metadata.get(self.name, _MISSING))
         if self.operator == "is_empty":
-            return found is _MISSING or found is None or found == "" or found == []
+            empty = isinstance(found, (str, list)) and not found
+            return empty or found is _MISSING or found is None
         if found is _MISSING:
             return None
         if found is None and self.operator not in _WITH_NONE:

@@ -262,9 +262,11 @@ class ChunkIndex(Corpus):
 
         Raises:
             InvalidInputError: See `Corpus`, and if an excluded id is unknown.
+            ConfigError: If there is an approximate index, and the model has positions.
         """
         from qrag_retriever.candidates import SnapshotCandidates
 
+        check_ann(self.ann, model.config)
         if len(self) == 0:
             raise InvalidInputError("The index holds no chunks; add some before searching.")
         own = SnapshotCandidates(

@@ -17,7 +17,14 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableConfig, ensure_config
 from langchain_core.runnables.config import get_config_list, var_child_runnable_config
-from pydantic import ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from qrag_retriever.adapter import NEEDS, RetrieverAdapter, fill_in
 from qrag_retriever.corpus import Corpus
@@ -108,6 +115,16 @@ class QRAGRetriever(BaseRetriever, RetrieverAdapter):
             if isinstance(error, QRAGError):
                 raise
             raise _own_error(error) from error
+
+    @field_validator(
+        "k", "q_threshold", "beams", "temperature", "seed", "chunks_per_step", mode="before"
+    )
+    @classmethod
+    def _as_given(cls, value: Any, info: ValidationInfo) -> Any:
+        """Numbers are given as such, as in a call."""
+        if isinstance(value, (bool, str, bytes)):
+            raise InvalidInputError(f"{info.field_name}: {value!r} is no number; give one.")
+        return value
 
     @model_validator(mode="after")
     def _validate(self) -> QRAGRetriever:
@@ -374,6 +391,8 @@ def _own_error(error: ValidationError) -> QRAGError:
 def _parts(inputs: Sequence[str], configs: Sequence[RunnableConfig]) -> list[slice]:
     """The parts in which to search for queries; as LangChain, by the limit of the first one."""
     most = (configs[0].get("max_concurrency") if configs else None) or max(1, len(inputs))
+    if most < 0:
+        raise InvalidInputError(f"max_concurrency={most}; give at least 1, or leave it out.")
     return [slice(first, first + most) for first in range(0, len(inputs), most)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -140,7 +140,7 @@ class LlamaIndexHooks(BaseRetriever, RetrieverAdapter):
                     f"A {type(given[0]).__name__} holds no nodes; index is a ChunkIndex or a "
                     "LlamaIndex index, docstore a LlamaIndex docstore."
                 )
-            nodes = list(docs.values())
+            nodes = list(docs.values() if index is None else _held(index, docs))
         if not nodes:
             raise InvalidInputError(
                 "There are no nodes: an index over an outer vector store keeps none in its "
@@ -216,3 +216,24 @@ class QRAGRetriever(LlamaIndexHooks):
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> QRAGRetriever:
         """A retriever of its own over the same index and model."""
         return copy.copy(self)
+
+
+def _held(index: Any, docs: Mapping[str, BaseNode]) -> Iterator[BaseNode]:
+    """The nodes of a LlamaIndex index, in the docstore's order.
+
+    A docstore may serve other indexes too, holds the parents of nodes, and keeps what is deleted
+    from the index.
+    """
+    structure = index.index_struct
+    for name in ("nodes_dict", "nodes", "node_ids"):
+        if hasattr(structure, name):
+            ids = getattr(structure, name)
+            held = set(ids.values() if isinstance(ids, Mapping) else ids)
+            # deleting nodes from LlamaIndex's own vector store leaves them in the structure
+            data = getattr(getattr(index, "vector_store", None), "data", None)
+            if hasattr(data, "embedding_dict"):
+                held.intersection_update(data.embedding_dict)
+            return (node for id_, node in docs.items() if id_ in held)
+    raise InvalidInputError(
+        f"Which nodes a {type(index).__name__} holds is not known; give nodes= or docstore=."
+    )

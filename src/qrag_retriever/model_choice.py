@@ -39,6 +39,11 @@ def resolve_model(model: Any, *, trust_remote_code: bool = False) -> QRAGModel:
             f"{type(model).__name__}; for another embedder of a framework give the folder or name "
             "it was loaded from."
         )
+    if not str(model).strip():
+        raise InvalidInputError(
+            f"model={model!r} is empty; name a model, or leave it out for "
+            f"{model_files.DEFAULT_MODEL}."
+        )
     trained = model_files.is_qrag_model(model)
     load = QRAGModel.from_pretrained if trained else QRAGModel.from_encoder
     return load(model, trust_remote_code=trust_remote_code)

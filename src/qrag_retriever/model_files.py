@@ -114,7 +114,11 @@ def load_embedder(
     if isinstance(encoder, SentenceTransformer):
         own: SentenceTransformer = copy.deepcopy(encoder).to("cpu", torch.float32)
         return own
-    name = str(Path(encoder or offline.DEFAULT_ENCODER).expanduser())
+    if encoder is None:
+        encoder = offline.DEFAULT_ENCODER
+    if not str(encoder).strip():
+        raise ModelFormatError("The embedder's name is empty; give a folder or a hub name.")
+    name = str(Path(encoder).expanduser())
     if name == offline.DEFAULT_ENCODER and offline.is_installed():
         name = str(offline.minilm_folder())
     if Path(name, CONFIG_FILE).is_file():

@@ -63,7 +63,8 @@ def node_from_chunk(chunk: Chunk) -> BaseNode:
     """
     from llama_index.core.schema import MetadataMode, TextNode
 
-    metadata = copy.deepcopy(chunk.metadata)
+    # which a Document may call as it likes
+    metadata = {str(name): value for name, value in copy.deepcopy(chunk.metadata).items()}
     if not is_node(chunk.source):
         return TextNode(id_=chunk.id, text=chunk.text, metadata=metadata)
     node = _copied(chunk.source, id_=chunk.id, metadata=metadata)

@@ -303,4 +303,5 @@ def best_actions(q_values: NDArray[np.floating[Any]], count: int) -> list[int]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float, np.number)) and not math.isnan(value)
+    numbers = (int, float, np.number)
+    return isinstance(value, numbers) and not isinstance(value, bool) and not math.isnan(value)

@@ -118,17 +118,12 @@ class SecondStage(Corpus):
     def __init__(
         self, base: Any, model: QRAGModel, *, candidates: int = 100, cache_size: int = 10_000
     ) -> None:
-        config = model.config
-        if config.positions != "none" or config.state_order != "retrieval":
-            raise ConfigError(
-                f"A second stage cannot serve a model with positions={config.positions!r} and "
-                f"state_order={config.state_order!r}: the order of what another retriever finds is "
-                "not that of a document. Use a model with positions='none' and "
-                "state_order='retrieval', or a ChunkIndex over the documents themselves."
-            )
+        _check_order(model.config)
         for name, value in (("candidates", candidates), ("cache_size", cache_size)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InvalidInputError(f"{name}={value!r}; give an integer of at least 1.")
+        if isinstance(base, type):
+            raise InvalidInputError(f"{base.__name__} is a class; give one of its retrievers.")
         if base is not None and not (hasattr(base, "invoke") or hasattr(base, "retrieve")):
             raise InvalidInputError(
                 f"A {type(base).__name__} is no retriever: it has neither invoke (LangChain) nor "
@@ -213,7 +208,9 @@ class SecondStage(Corpus):
         Raises:
             InvalidInputError: If it returns something else than Documents, nodes and texts, or the
                 filter is malformed.
+            ConfigError: If the model needs to know the document's order.
         """
+        _check_order(model.config)
         missing = [query for query in queries if query not in self.found]
         everything = {**self.found, **self.asked(dict.fromkeys(missing)).found}
         found = [self._chunks(everything[query]) for query in queries]
@@ -286,6 +283,16 @@ class Selector:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Selector:
         return self
+
+
+def _check_order(config: QRAGConfig) -> None:
+    if config.positions != "none" or config.state_order != "retrieval":
+        raise ConfigError(
+            f"A second stage cannot serve a model with positions={config.positions!r} and "
+            f"state_order={config.state_order!r}: the order of what another retriever finds is "
+            "not that of a document. Use a model with positions='none' and "
+            "state_order='retrieval', or a ChunkIndex over the documents themselves."
+        )
 
 
 def _asking_for(base: Any, candidates: int) -> Any:

@@ -180,9 +180,15 @@ class Trajectory:
             A matplotlib figure; ``figure.savefig("steps.png")`` stores it.
 
         Raises:
-            InvalidInputError: If the Q-values were not kept, or nothing was retrieved.
+            InvalidInputError: If the Q-values were not kept, or nothing was retrieved, or a number
+                is not positive.
             MissingDependencyError: If matplotlib is not installed.
         """
+        if not isinstance(bins, int) or bins < 1 or not width > 0:
+            raise InvalidInputError(
+                f"width={width!r}, bins={bins!r}; give a width above 0, and bins an integer of at "
+                "least 1."
+            )
         if not self.steps:
             raise InvalidInputError(
                 f"Nothing was retrieved (stopped: {self.stopped}), so there is nothing to draw; "
@@ -210,14 +216,14 @@ class Trajectory:
                     axis.axvline(step.index, color="tab:orange", linewidth=0.8)
                     axis.plot([step.index], [step.q_value], "o", color="tab:orange")
                     axis.set_title(
-                        textwrap.shorten(f"{number}. {step.text}", int(width * 11)),
+                        textwrap.shorten(f"{number}. {step.text}", max(9, int(width * 11))),
                         loc="left",
                         fontsize=9,
                         parse_math=False,
                     )
             axis.set_ylabel("Q")
         axes[-1].set_xlabel("chunk, in document order (dotted: found before)")
-        title = textwrap.shorten(self.query, int(width * 9))
+        title = textwrap.shorten(self.query, max(9, int(width * 9)))
         figure.suptitle(title, fontsize=11, parse_math=False)
         return figure
 

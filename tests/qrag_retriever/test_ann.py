@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from corpus import make_model
 from fake_model import FakeModel
 
+from qrag_retriever import QRAGRetriever
 from qrag_retriever.ann import AnnIndex
 from qrag_retriever.errors import ConfigError, IndexFormatError, InvalidInputError
 from qrag_retriever.index import ChunkIndex
@@ -145,6 +147,14 @@ def test_positions_and_unknown_kinds_are_refused() -> None:
         assert ChunkIndex(model).snapshot().ann is None
     with pytest.raises(ConfigError, match="'none', 'flat', 'hnsw' or 'ivfpq'"):
         ChunkIndex(FakeModel(), ann="annoy")
+
+
+def test_so_are_positions_that_come_later() -> None:
+    model = make_model()
+    retriever = QRAGRetriever.from_texts(["a", "b"], model=model, ann="flat")
+    model.config = model.config.replace(positions="relative")
+    with pytest.raises(ConfigError, match=r"positions='none'.*relative"):
+        retriever.search("a")
 
 
 @pytest.mark.parametrize("kind", ["flat", "hnsw", "ivfpq"])

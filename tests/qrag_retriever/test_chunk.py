@@ -155,6 +155,12 @@ def test_later_writes_into_an_item_do_not_reach_its_chunk(item: Document | TextN
     assert document_from_chunk(chunk).metadata == {"tags": ["x"]}
 
 
+def test_a_documents_metadata_may_have_other_names_than_a_nodes() -> None:
+    [chunk] = to_chunks([Document("text", metadata={1: "x", "2": "y"})])
+    assert node_from_chunk(chunk).metadata == {"1": "x", "2": "y"}
+    assert document_from_chunk(chunk).metadata == {1: "x", "2": "y"}
+
+
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.class_name())
 def test_a_node_comes_back_whole_and_new(node: Node | TextNode) -> None:
     node.embedding = [1.0, 2.0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from corpus import make_model
@@ -105,6 +107,23 @@ class ExitingModel(FakeModel):
 def test_a_process_that_ends_is_an_error(small_parts):
     with pytest.raises(QRAGError, match=r"has ended.*checkpoint="):
         ChunkIndex.from_texts(TEXTS, model=ExitingModel(), devices=["cpu"])
+
+
+class LargeModel(FakeModel):
+    """Larger than what a pipe takes before somebody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = np.zeros(1 << 20)
+
+
+def test_so_is_one_that_ends_before_it_begins(small_parts, tmp_path, monkeypatch):
+    script = tmp_path / "script.py"  # as one without a guard, whose main module is run once more
+    script.write_text("raise SystemExit")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    with pytest.raises(QRAGError, match=r"has ended.*__main__"):
+        ChunkIndex.from_texts(TEXTS, model=LargeModel(), devices=["cpu"])
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -166,6 +167,8 @@ def test_none_is_a_value_and_a_missing_key_is_not(
         {},
         *({"k": found} for found in (None, "", [], 0, "x", ["x"])),
     ]
+    if sign == FilterOperator.IS_EMPTY:
+        metadatas.append({"k": np.zeros(3)})  # nor is an array
     assert rows(metadatas, llama(value=value, operator=sign)) == expected
 
 

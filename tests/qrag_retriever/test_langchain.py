@@ -172,6 +172,13 @@ async def test_the_limit_of_a_batch_holds_in_chains_too(counted):
     assert passes == [2, 2, 2, 1, 1, 1] * 4
 
 
+async def test_a_limit_below_one_is_refused():
+    with pytest.raises(InvalidInputError, match="max_concurrency=-1"):
+        make().batch(QUERIES, {"max_concurrency": -1})
+    with pytest.raises(InvalidInputError, match="max_concurrency=-1"):
+        await make().abatch(QUERIES, {"max_concurrency": -1})
+
+
 async def test_each_part_of_a_batch_leaves_out_the_same():
     kept = IDS[4]
     config = {"max_concurrency": 1}

@@ -8,10 +8,16 @@ import itertools
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from corpus import IDS, QUERIES, QUERY, TEXTS, make_index, make_model, model_copy_in
-from llama_index.core import MockEmbedding, SummaryIndex, VectorStoreIndex
+from llama_index.core import (
+    MockEmbedding,
+    StorageContext,
+    SummaryIndex,
+    VectorStoreIndex,
+)
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.instrumentation.events.retrieval import (
     RetrievalEndEvent,
@@ -191,6 +197,26 @@ def docstore():
 def test_from_defaults(source):
     retriever = QRAGRetriever.from_defaults(**source(), similarity_top_k=4)
     assert contents(retriever.retrieve(QUERY)) == contents(make(k=4).retrieve(QUERY))
+
+
+@pytest.mark.parametrize("kind", [VectorStoreIndex, SummaryIndex])
+def test_from_defaults_searches_what_an_index_holds(kind):
+    shared = StorageContext.from_defaults()
+    index, _ = (
+        kind(some, storage_context=shared, embed_model=MockEmbedding(embed_dim=4))
+        for some in (NODES[:5], NODES[5:])
+    )
+    index.delete_nodes([NODES[2].node_id])
+    retriever = QRAGRetriever.from_defaults(index, model=MODEL, similarity_top_k=9)
+    assert sorted(ids(retriever.retrieve(QUERY))) == sorted(
+        node.node_id for number, node in enumerate(NODES[:5]) if number != 2
+    )
+
+
+def test_an_index_of_another_kind_is_not_guessed_at():
+    index = SimpleNamespace(docstore=docstore(), index_struct=object())
+    with pytest.raises(InvalidInputError, match=r"SimpleNamespace holds is not known; give nodes="):
+        QRAGRetriever.from_defaults(index, model=MODEL)
 
 
 def test_from_defaults_takes_the_path_of_the_model(tmp_path):

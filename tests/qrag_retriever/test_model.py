@@ -148,6 +148,14 @@ def test_a_rounded_model_with_other_settings_is_another(tiny_encoder: Path) -> N
     assert model.fingerprint != full
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_model_is_called_nothing(name: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"is empty; name a model, or leave it out"):
+        resolve_model(name)
+    with pytest.raises(ModelFormatError, match="name is empty"):
+        QRAGModel.from_encoder(name)
+
+
 def test_resolve_model(tiny_model: QRAGModel, tiny_encoder: Path, tmp_path: Path) -> None:
     assert resolve_model(tiny_model) is tiny_model
     assert resolve_model(str(tiny_encoder)).fingerprint == fresh(tiny_encoder).fingerprint

@@ -256,6 +256,8 @@ def test_nan_is_refused():
         ({"k": 1, "runners_up": -1}, "runners_up=-1"),
         ({"k": 1, "q_threshold": math.nan}, "q_threshold=nan"),
         ({"k": 1, "q_threshold": "high"}, "q_threshold='high'"),
+        ({"k": 1, "q_threshold": True}, "q_threshold=True"),
+        ({"k": 1, "temperature": True}, "temperature=True"),
         ({"k": 1, "temperature": 0.0}, "temperature=0.0"),
         ({"k": 1, "temperature": 1.0, "beams": 2}, "exclude each other"),
     ],

@@ -406,6 +406,20 @@ def test_models_that_need_the_order_of_the_document_are_refused(model):
         SecondStage(Finder(documents=[]), model)
 
 
+def test_so_are_those_that_come_to_need_it():
+    model = make_model()
+    retriever = QRAGRetriever.from_retriever(Finder(documents=documents()), model=model)
+    model.config = model.config.replace(positions="relative")
+    with pytest.raises(ConfigError, match="second stage"):
+        retriever.search(QUERY)
+
+
+@pytest.mark.parametrize("base", [None, Finder])
+def test_what_is_no_retriever_is_refused(base):
+    with pytest.raises(InvalidInputError, match=r"got None|Finder is a class"):
+        QRAGRetriever.from_retriever(base, model=MODEL)
+
+
 def test_wrong_arguments_are_refused():
     for settings in ({"candidates": 0}, {"cache_size": 0}, {"candidates": True}):
         with pytest.raises(InvalidInputError, match="integer of at least 1"):

@@ -214,6 +214,13 @@ def test_nothing_to_draw_is_an_error_that_says_what_to_do(kept):
         Trajectory("q", steps, "threshold", 1, kept).plot()
 
 
+def test_a_picture_has_a_size(trajectory):
+    for wrong in ({"bins": 0}, {"bins": 2.5}, {"width": 0}, {"width": -1}):
+        with pytest.raises(InvalidInputError, match="give a width above 0"):
+            trajectory.plot(**wrong)
+    trajectory.plot(width=0.5, bins=1)
+
+
 def test_drawing_without_matplotlib_names_the_extra(trajectory, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r"qrag-retriever\[plot\]"):
