@@ -231,7 +231,7 @@ def _held(index: Any, docs: Mapping[str, BaseNode]) -> Iterator[BaseNode]:
             held = set(ids.values() if isinstance(ids, Mapping) else ids)
             # deleting nodes from LlamaIndex's own vector store leaves them in the structure
             data = getattr(getattr(index, "vector_store", None), "data", None)
-            if hasattr(data, "embedding_dict"):
+            if data is not None and hasattr(data, "embedding_dict"):
                 held.intersection_update(data.embedding_dict)
             return (node for id_, node in docs.items() if id_ in held)
     raise InvalidInputError(
