@@ -185,15 +185,26 @@ def _products(corpus: _Corpus, block: Rows, edges: NDArray[np.int64], vectors: T
     nodes, states = vectors.shape[1:3]
     columns = _two_at_least(vectors.flatten(1, 2))
     products = vectors.new_empty(len(block), columns.shape[1])
-    numbers, scales = block, None
+    if isinstance(block, Tensor) and block.dtype == torch.float32:
+        # pieces of equal length at once: a thread takes whole ones
+        for some in _of_equal_length(np.diff(edges)):
+            rows, pieces = slice(edges[some.start], edges[some.stop]), (some.stop - some.start, -1)
+            out = torch.unflatten(products[rows], 0, pieces)
+            torch.bmm(torch.unflatten(block[rows], 0, pieces), columns[some].mT, out=out)
+    else:
+        numbers = block.values if isinstance(block, QuantizedRows) else block
+        # piece by piece: what was just converted is still in the cache when it is multiplied
+        for (first, last), c in zip(itertools.pairwise(edges.tolist()), columns, strict=True):
+            torch.mm(corpus.converted(numbers[first:last]), c.T, out=products[first:last])
     if isinstance(block, QuantizedRows):  # fewer products than rows have numbers
-        numbers, scales = block.values, block.scales[:, None]
-    # piece by piece: what was just converted is still in the cache when it is multiplied
-    for (first, last), c in zip(itertools.pairwise(edges.tolist()), columns, strict=True):
-        torch.mm(corpus.converted(numbers[first:last]), c.T, out=products[first:last])
-    if scales is not None:
-        products.mul_(scales)
+        products.mul_(block.scales[:, None])
     return torch.unflatten(products[:, : nodes * states], 1, (nodes, states))
+
+
+def _of_equal_length(lengths: NDArray[np.int64]) -> Iterator[slice]:
+    """Consecutive pieces that are equally long, as those of a single state mostly are."""
+    ends = np.flatnonzero(np.diff(lengths, append=-1)) + 1
+    return itertools.starmap(slice, itertools.pairwise([0, *ends.tolist()]))
 
 
 def _two_at_least(vectors: Tensor) -> Tensor:
@@ -268,15 +279,11 @@ class _Pieces(NamedTuple):
         lengths = np.diff(bounds)
         place = torch.arange(int(lengths.max()), device=like.device)[:, None].to(like)
         t = like.new_empty(int(lengths.sum()), self.run.shape[1])
-        # pieces of equal length, of which one state's runs are, at once
-        ends = np.flatnonzero(np.diff(lengths, append=-1)) + 1
-        rows = torch.split(t, np.add.reduceat(lengths, [0, *ends[:-1]]).tolist())
-        for some_rows, (first, last) in zip(rows, itertools.pairwise([0, *ends]), strict=True):
-            length = int(lengths[first])
-            equal = some_rows.view(last - first, length, -1)
-            torch.addcmul(
-                start[first:last, None], place[:length], slope[first:last, None], out=equal
-            )
+        for equally in _of_equal_length(lengths):
+            length = int(lengths[equally.start])
+            rows = t[bounds[equally.start] - bounds[0] : bounds[equally.stop] - bounds[0]]
+            equal = torch.unflatten(rows, 0, (-1, length))
+            torch.addcmul(start[equally, None], place[:length], slope[equally, None], out=equal)
         return t
 
 
