@@ -123,6 +123,8 @@ def embed(
     files: list[Path | None] = [None] * len(parts)
     if checkpoint:
         folder = Path(checkpoint).expanduser()
+        if folder.exists() and not folder.is_dir():
+            raise InvalidInputError(f"checkpoint={str(checkpoint)!r} is a file; name a folder.")
         folder.mkdir(parents=True, exist_ok=True)
         fingerprint = model.fingerprint
         files = [folder / _name(part, fingerprint, dtype) for part in parts]

@@ -99,6 +99,13 @@ def test_two_processes_give_what_one_gives(small_parts, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_parts_are_kept_in_a_folder(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(InvalidInputError, match="is a file; name a folder"):
+        ChunkIndex.from_texts(TEXTS, model=FakeModel(), checkpoint=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
 class ExitingModel(FakeModel):
     def to(self, device):
         raise SystemExit(f"{device} is gone")
