@@ -93,7 +93,7 @@ def test_a_vector_database_gives_the_same_steps(run, excerpt):
 
 
 def test_finetuning_ends_with_a_model_in_both_frameworks(run, tmp_path):
-    out = run("finetune_on_your_corpus.py", "--updates", "2")
+    out = run("finetune_on_your_corpus.py", "--updates", "1")
     parts = out.split("--- ")
     assert "3 notes in steps: Fact-EM" in parts[1]
     assert parts[3].startswith("the trained model")
