@@ -65,11 +65,6 @@ def python(code: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory):
-    return json.loads(python(STAGES, str(tmp_path_factory.mktemp("import") / "index")))
-
-
 @pytest.mark.parametrize(
     "code",
     [
@@ -83,16 +78,15 @@ def test_the_package_loads_nothing_heavy(code):
     assert python(f"{code}\n{report}") == ""
 
 
-def test_the_engine_runs_without_frameworks_and_faiss(stages):
-    assert stages["found"] == 2
-    assert stages["engine"] == ["torch", "transformers", "sentence_transformers"]
-
-
-@pytest.mark.parametrize(
-    ("adapter", "framework"), [("langchain", "langchain_core"), ("llama_index", "llama_index")]
-)
-def test_an_adapter_loads_its_own_framework_alone(stages, adapter, framework):
-    assert stages[adapter] == [framework, "torch", "transformers", "sentence_transformers"]
+def test_each_part_loads_what_it_needs_alone(tmp_path):
+    stages = json.loads(python(STAGES, str(tmp_path / "index")))
+    engine = ["torch", "transformers", "sentence_transformers"]
+    assert stages == {
+        "found": 2,
+        "engine": engine,
+        "langchain": ["langchain_core", *engine],
+        "llama_index": ["llama_index", *engine],
+    }
 
 
 def test_names_of_the_package():
