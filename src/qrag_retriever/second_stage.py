@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -312,5 +313,6 @@ def _asking_for(base: Any, candidates: int) -> Any:
         base, "__dict__", ()
     ):
         base = copy.copy(base)
-        base.similarity_top_k = candidates
+        with contextlib.suppress(AttributeError):  # one that can only be read
+            base.similarity_top_k = candidates
     return base

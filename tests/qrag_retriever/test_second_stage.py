@@ -168,6 +168,14 @@ def test_so_many_candidates_are_asked_for():
     assert len(retriever.retrieve(QUERY)) == 7
     assert own.similarity_top_k == 2
 
+    class Fixed(NodeFinder):
+        @property
+        def similarity_top_k(self):
+            return len(self.nodes)
+
+    retriever = QRAGRetriever.from_retriever(Fixed(nodes()[:5]), model=MODEL, candidates=7, k=9)
+    assert len(retriever.retrieve(QUERY)) == 5
+
 
 def test_a_runnable_with_a_configuration_is_asked_for_as_many():
     for base in (
