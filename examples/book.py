@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from pathlib import Path
 
@@ -23,11 +24,14 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return result
 
 
+def name_of(file: Path) -> str:
+    """A name for what is made of a text: another one if the text changes."""
+    return f"{file.stem}-{hashlib.sha256(_read(file).encode()).hexdigest()[:8]}"
+
+
 def read_chunks(file: Path, words: int = 70) -> list[str]:
     """Split a text into chunks of whole sentences, each of at least so many words."""
-    if not file.is_file():
-        raise SystemExit(f"{file} is no file; give --book a text, UTF-8.")
-    text = " ".join(file.read_text(encoding="utf-8").split())
+    text = " ".join(_read(file).split())
     chunks, current = [], ""
     for sentence in re.split(r"(?<=[.!?])\s+|(?<=[.!?][\"'])\s+", text):
         current = f"{current} {sentence}".strip()
@@ -35,3 +39,9 @@ def read_chunks(file: Path, words: int = 70) -> list[str]:
             chunks.append(current)
             current = ""
     return [*chunks, current] if current else chunks
+
+
+def _read(file: Path) -> str:
+    if not file.is_file():
+        raise SystemExit(f"{file} is no file; give --book a text, UTF-8.")
+    return file.read_text(encoding="utf-8")

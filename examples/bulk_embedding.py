@@ -30,7 +30,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="default: one for each book")
     arguments = parser.parse_args()
 
-    folder = (arguments.folder or Path("runs/bulk", arguments.book.stem)).resolve()
+    folder = (
+        arguments.folder
+        or Path("runs/bulk", book.name_of(arguments.book), str(arguments.chunks or "all"))
+    ).resolve()
     model, embedded = folder / "model", folder / "embedded"
     if not model.exists():
         QRAGModel.from_encoder(device="cpu").save_pretrained(model)

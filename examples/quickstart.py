@@ -26,7 +26,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw Q over the book to this file")
     arguments = parser.parse_args()
 
-    folder = arguments.folder or Path("runs", arguments.book.stem, Path(arguments.model).name)
+    folder = arguments.folder or Path(
+        "runs", book.name_of(arguments.book), Path(arguments.model).name
+    )
     if folder.exists():
         retriever = QRAGRetriever.load_local(folder, model=arguments.model)
     else:

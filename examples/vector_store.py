@@ -31,7 +31,7 @@ def main() -> None:
     embeddings = QRAGEmbeddings(arguments.model)
     chunks = book.read_chunks(arguments.book)
     client = QdrantClient(path=str(arguments.folder))
-    store = open_store(embeddings, client, arguments.book.stem, chunks)
+    store = open_store(embeddings, client, book.name_of(arguments.book), chunks)
 
     print("--- in several steps, each one request to the database")
     retriever = QRAGRetriever.from_vector_store(
@@ -54,9 +54,10 @@ def main() -> None:
 def open_store(
     embeddings: QRAGEmbeddings, client: QdrantClient, name: str, chunks: list[str]
 ) -> QdrantVectorStore:
-    """The collection, filled when it is not there: Q is an inner product, so its metric is DOT."""
-    filled = client.collection_exists(name)
+    """The collection, filled when it is not whole: Q is an inner product, so its metric is DOT."""
+    filled = client.collection_exists(name) and client.count(name).count == len(chunks)
     if not filled:
+        client.delete_collection(name)
         size = embeddings.model.dimension
         vectors = models.VectorParams(size=size, distance=models.Distance.DOT)
         client.create_collection(name, vectors)

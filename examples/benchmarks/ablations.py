@@ -20,7 +20,7 @@ import training_runs
 import yaml
 from babilong import add_story_options, judge, show, tasks
 from bench import Results, load
-from machine import report
+from machine import report, told
 from torch import Tensor
 
 from qrag_train.build import build_module
@@ -144,4 +144,4 @@ def train(variant: str, folder: Path, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -38,10 +38,11 @@ from bench import (
     add_options,
     bm25,
     length_options,
-    load,
+    load_all,
     scores,
     start_of,
 )
+from machine import told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qrag_train.calibration import choose_threshold, judge_thresholds
@@ -80,7 +81,7 @@ def main() -> None:
     facts = facts_in(background.sentences) if options.without_facts else []
     if facts:
         background = BackgroundText([s for s in background.sentences if s not in facts])
-    models = [load(run, background.sentences) for run in options.runs]
+    models = load_all(options.runs, background.sentences)
     before = start_of(models[0].model, options.encoder, background.sentences)
     runs = []
     for task in tasks(options):
@@ -339,4 +340,4 @@ def show(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -11,12 +11,11 @@ import bm25s
 import figures
 import numpy as np
 import torch
-from machine import report
+from machine import made_from, model_digest, report
 from tqdm import tqdm
 
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_retriever.errors import ReaderError
-from qrag_retriever.files import sha256_of
 from qrag_retriever.offline import DEFAULT_ENCODER
 from qrag_retriever.search import Beam, Pick, best_actions
 from qrag_train.evaluation import EmbeddedTexts, in_groups, judge, search_samples, steps_above
@@ -156,12 +155,6 @@ def words(texts: Sequence[str]) -> list[list[str]]:
     return bm25s.tokenize(list(texts), return_ids=False, show_progress=False)
 
 
-def model_digest(model: QRAGModel) -> str:
-    """Names what decides the order of a model's chunks: weights and settings."""
-    config = model.config.replace(training={}, q_threshold=None, max_steps=1)
-    return content_key(model.fingerprint, model.state_encoder.digest(), config)
-
-
 class Results:
     """The rows of a benchmark, and the journal of the searches they are made from.
 
@@ -254,8 +247,7 @@ class Results:
             SystemExit: If answers are missing; everything is written before.
         """
         options = self._options
-        more["models"] = {judged.name: judged.digest for judged in models}
-        more["files"] = {str(file): sha256_of(file) for file in files}
+        more |= made_from({judged.name: judged.model for judged in models}, files)
         more |= {"stopping": self._stopping, "q_over_steps": self._q_over_steps}
         self._write(more)
         if self._stopping:
@@ -349,6 +341,19 @@ def length_options(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="greatest length at which BM25 and the untrained encoder, which are slow, are judged",
     )
+
+
+def load_all(paths: Sequence[Path], texts: Iterable[str]) -> list[Judged]:
+    """Several models; no two may have one name, which stands for them in tables and plots.
+
+    Raises:
+        SystemExit: If two have.
+    """
+    models = [load(path, texts) for path in paths]
+    names = [model.name for model in models]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise SystemExit(f"Two models are called {twice[0]!r}; rename the folder of one.")
+    return models
 
 
 def load(path: Path, texts: Iterable[str]) -> Judged:

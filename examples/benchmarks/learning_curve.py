@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import figures
 import training_runs
 import yaml
-from machine import report
+from machine import report, told
 
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_retriever.files import sha256_of
@@ -39,6 +39,8 @@ _STEPS = {"hotpotqa": 2}  # as its own benchmark; other files have the model's b
 def main() -> None:
     options = parse()
     data = yaml.safe_load(options.config.read_text(encoding="utf-8"))["data"]
+    if not data.get("train") or not data.get("val"):
+        raise SystemExit(f"{options.config} has no lists data.train and data.val of sources.")
     annotated = [(source, count) for source in data["train"] if (count := questions(source))]
     files = {source["file"]: count for source, count in annotated}
     valid = [SourceConfig(**source) for source in data["val"]]
@@ -148,4 +150,4 @@ def draw(rows: Sequence[Mapping[str, Any]], names: Sequence[str], file: Path) ->
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

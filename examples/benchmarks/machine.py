@@ -18,8 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qrag_retriever.errors import QRAGError
+from qrag_retriever.files import sha256_of
+from qrag_train.journal import content_key
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
+
+    from qrag_retriever import QRAGModel
 
 _PACKAGES = ("qrag-retriever", "torch", "transformers", "sentence-transformers", "numpy")
 
@@ -71,6 +77,28 @@ def machine() -> dict[str, str | int]:
         **{name: version(name) for name in _PACKAGES},
         **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
+
+
+def made_from(models: dict[str, QRAGModel], files: Iterable[Path]) -> dict[str, Any]:
+    """Digests of models, by name, and SHA-256 of files, for a `report`."""
+    return {
+        "models": {name: model_digest(model) for name, model in models.items()},
+        "files": {str(file): sha256_of(file) for file in files},
+    }
+
+
+def model_digest(model: QRAGModel) -> str:
+    """Names what decides the order of a model's chunks: weights and settings."""
+    config = model.config.replace(training={}, q_threshold=None, max_steps=1)
+    return content_key(model.fingerprint, model.state_encoder.digest(), config)
+
+
+def told(main: Callable[[], None]) -> None:
+    """Run a script; what the package refuses is said in one line."""
+    try:
+        main()
+    except QRAGError as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def report(file: Path, seed: int, **figures: Any) -> None:

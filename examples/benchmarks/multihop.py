@@ -24,9 +24,10 @@ from bench import (
     Results,
     add_options,
     bm25,
-    load,
+    load_all,
     start_of,
 )
+from machine import told
 
 from qrag_retriever import QRAGModel
 from qrag_train.data import (
@@ -62,9 +63,11 @@ def main() -> None:
     options = parse()
     results = Results(options, "multihop")
     sets = list(question_sets(options))
+    if not sets:
+        raise SystemExit("There are no questions; give --hotpotqa, --musique or another file.")
     corpora = {id(sample.chunks): sample.chunks for s in sets for sample in s.samples}
     texts = {chunk for chunks in corpora.values() for chunk in chunks}
-    models = [load(path, texts) for path in options.models]
+    models = load_all(options.models, texts)
     trained = models[0].model if models else None
     before = start_of(trained, options.encoder, texts)
     dense = [
@@ -125,4 +128,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

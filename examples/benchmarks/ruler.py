@@ -27,6 +27,7 @@ from bench import (
     load,
     start_of,
 )
+from machine import told
 
 from qrag_train.data import (
     BackgroundText,
@@ -134,4 +135,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from machine import report
+from machine import made_from, report, told
 from tqdm import tqdm
 
 from qrag_retriever import ChunkIndex, SearchOptions
@@ -42,7 +42,7 @@ def main() -> None:
         search = SearchOptions(steps or model.config.max_steps)
         samples = questions(file, options)
         found = retrieve(model, samples, search, known, options.types)
-        rows += judge(Path(file).name, found, [sample.support for sample in samples], search.k)
+        rows += judge(file, found, [sample.support for sample in samples], search.k)
     rows += together(rows) if len(options.files) > 1 else []
     for row in rows:
         reference = next(one for one in rows if one["data"] == row["data"])
@@ -50,7 +50,10 @@ def main() -> None:
         differ = f"{row['other_trajectories']} of {row['questions']} differ"
         print(f"{row['data']}, {row['type']}: points of Fact-EM lost {lost:.2f}, {differ}")
     if options.json:
-        report(options.json, options.seed, figures=rows)
+        read = [Path(file) for file in options.files if Path(file).is_file()]
+        books = sorted(Path(options.background).glob("*.txt")) if options.background else []
+        sources = made_from({options.model: model}, [*read, *books])
+        report(options.json, options.seed, **sources, figures=rows)
 
 
 def questions(file: str, options: argparse.Namespace) -> Sequence[SupportSample]:
@@ -142,4 +145,4 @@ def parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    told(main)

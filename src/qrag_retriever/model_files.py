@@ -377,8 +377,12 @@ def _write(
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
     if names is not None:
         write_names(folder, names)
-    card = _CARD.format(name=name, settings=config.to_json())
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(plain_card(name, config), encoding="utf-8")
+
+
+def plain_card(name: str, config: QRAGConfig) -> str:
+    """The model card of a saved model."""
+    return _CARD.format(name=name, settings=config.to_json())
 
 
 def _move_code_up(folder: Path) -> None:

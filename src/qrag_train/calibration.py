@@ -12,14 +12,14 @@ import numpy as np
 from qrag_retriever import compact
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError
-from qrag_retriever.model_files import CONFIG_FILE, packaged, replacing
+from qrag_retriever.model_files import CONFIG_FILE, packaged, plain_card, replacing
 from qrag_retriever.search import SearchOptions
 from qrag_train.card import model_card
 from qrag_train.evaluation import search_samples
 from qrag_train.metrics import fact_scores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -164,26 +164,30 @@ def write_threshold(folder: str | Path, calibration: Calibration, max_steps: int
         shutil.copytree(folder, new, dirs_exist_ok=True)
         (new / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
         changed = [CONFIG_FILE]
-        if "settings" in config.training:  # qrag-train fit wrote the card, which names the settings
-            card, name = new / "README.md", Path(folder).name
-            if _is_card(card, (name, "model"), before):
-                card.write_text(model_card(name, config), encoding="utf-8")
-                changed.append(card.name)
-            else:
-                warnings.warn(
-                    f"{Path(folder) / card.name} was edited and stays as it is; correct what it "
-                    "says of the threshold by hand.",
-                    stacklevel=2,
-                )
+        card, name = new / "README.md", Path(folder).name
+        if make := _maker(card, (name, "model"), before):
+            card.write_text(make(name, config), encoding="utf-8")
+            changed.append(card.name)
+        else:
+            warnings.warn(
+                f"{Path(folder) / card.name} was edited and stays as it is; correct what it says "
+                "of the threshold by hand.",
+                stacklevel=2,
+            )
         if compact.is_compact(new):
             compact.renew_manifest(new, changed)
 
 
-def _is_card(file: Path, names: Sequence[str], config: QRAGConfig) -> bool:
-    """Whether a model card is as `model_card` wrote it, under one of these names."""
+def _maker(
+    file: Path, names: Sequence[str], config: QRAGConfig
+) -> Callable[[str, QRAGConfig], str] | None:
+    """What wrote a model card, under one of these names; ``None`` if somebody has edited it."""
+    # a card of a training names its settings
+    makers = [model_card, plain_card] if "settings" in config.training else [plain_card]
     if not file.is_file():
-        return True
-    return file.read_text(encoding="utf-8") in {model_card(name, config) for name in names}
+        return makers[0]
+    text = file.read_text(encoding="utf-8")
+    return next((make for make in makers if text in {make(n, config) for n in names}), None)
 
 
 def _between(q: NDArray[np.float32]) -> NDArray[np.float64]:

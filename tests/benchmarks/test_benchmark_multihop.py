@@ -8,6 +8,7 @@ import shutil
 from itertools import pairwise
 
 import bench
+import machine
 import multihop
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 
 from llm_server import llm_server
 from qrag_retriever import QRAGModel, SearchOptions
+from qrag_retriever.errors import ConfigError
 from qrag_train.data import SupportSample, pooled, read_hotpotqa
 from qrag_train.evaluation import search_samples
 from qrag_train.metrics import fact_scores
@@ -156,6 +158,25 @@ def test_a_model_is_named_after_its_run(tmp_path):
     shutil.copytree(model, other)
     names = [bench.load(path, []).name for path in (model, model.parent, other)]
     assert names == ["mine", "mine", "other"]
+    assert [judged.name for judged in bench.load_all([model, other], [])] == ["mine", "other"]
+    with pytest.raises(SystemExit, match="Two models are called 'mine'"):
+        bench.load_all([model, model.parent], [])
+
+
+def test_without_questions_the_figures_stay(tmp_path):
+    file = tmp_path / "figures.json"
+    file.write_text("precious")
+    with pytest.raises(SystemExit, match="There are no questions; give --hotpotqa"):
+        run(multihop, save_model(tmp_path), "--json", file)
+    assert file.read_text() == "precious"
+
+
+def test_what_the_package_refuses_is_told_in_a_line():
+    def main():
+        raise ConfigError("so it is")
+
+    with pytest.raises(SystemExit, match="error: so it is"):
+        machine.told(main)
 
 
 def other_questions(hotpotqa, name):

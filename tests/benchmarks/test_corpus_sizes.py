@@ -38,3 +38,9 @@ def test_table_from_the_parts(tmp_path: Path) -> None:
     assert cells["1,000,000"][:3] == ["1.5 GB / 388 MB", "≈ 100 ms", "≈ 24 ms"]
     assert cells["10,000"][1] == "≈ 21 ms"
     assert cells["1,000,000,000"] == ["1.5 TB / 388 GB", "≈ 80 s", "–", "≈ 116 days"]
+
+
+def test_the_readme_has_the_table_of_the_results() -> None:
+    root = Path(__file__).parents[2]
+    table = corpus_sizes.table(root / "examples" / "benchmarks" / "results")
+    assert table.strip() in (root / "README.md").read_text(encoding="utf-8")

@@ -126,6 +126,16 @@ def test_storage_types_are_judged_on_what_they_keep(tmp_path, monkeypatch):
     one, two, both = json.loads(file.read_text())["figures"]
     assert (one["steps"], two["steps"], both["questions"]) == (1, 2, 4)
     assert both["fact_em"] == (one["fact_em"] + two["fact_em"]) / 2
+    assert len(json.loads(file.read_text())["models"]) == 1
+
+
+def test_files_of_one_name_are_two(tmp_path, capsys):
+    model, questions = save_model(tmp_path), write_hotpotqa(tmp_path)
+    other = tmp_path / "other" / questions.name
+    other.parent.mkdir()
+    other.write_text(json.dumps(json.loads(questions.read_text())[:1]))
+    run(storage_types, model, questions, other, "--format", "hotpotqa", "--types", "float32")
+    assert capsys.readouterr().out.count("points of Fact-EM lost 0.00") == 3
 
 
 def test_ten_million(tmp_path):
@@ -143,6 +153,9 @@ def test_ten_million(tmp_path):
     assert second["built"] == first["built"]
     assert second["load_seconds"] > 0
     assert second["fact_em"] == first["fact_em"]
+    for other in (["--sentences", 26], ["--dtype", "float32"]):
+        with pytest.raises(SystemExit, match="holds an index of other sentences"):
+            run(ten_million, *arguments, *other)
 
 
 def test_a_hidden_story_is_found_and_taken_out_again(tmp_path):

@@ -99,12 +99,19 @@ def test_the_threshold_is_written_and_nothing_else(model: QRAGModel, tmp_path: P
     others = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     config = folder / "qrag_config.json"
     before = json.loads(others.pop(config))
+    card = others.pop(folder / "README.md")
     write_threshold(folder, Calibration(0.25, 0.9, 0.8, 2.5), max_steps=5)
     figures = {"q_threshold": 0.25, "fact_em": 0.9, "fact_f1": 0.8, "steps": 2.5}
     changes = {"q_threshold": 0.25, "max_steps": 5, "training": {"calibration": figures}}
     assert json.loads(config.read_text()) == {**before, **changes}
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p != config} == others
-    assert QRAGModel.from_pretrained(folder).config.q_threshold == 0.25
+    after = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p != config}
+    # the card names the settings
+    now = QRAGModel.from_pretrained(folder)
+    assert now.config.q_threshold == 0.25
+    assert after.pop(folder / "README.md") != card
+    assert after == others
+    again = now.save_pretrained(tmp_path / "again" / "model")
+    assert (again / "README.md").read_bytes() == (folder / "README.md").read_bytes()
 
 
 def test_a_model_in_compact_form_loads_after_its_threshold_was_written(
