@@ -101,7 +101,7 @@ class QRAGConfig:
             _require(isinstance(getattr(self, name), str), self, name)
         for name in ("position_endpoint", "truncate_positions"):
             _require(isinstance(getattr(self, name), bool), self, name)
-        _require(isinstance(self.training, dict), self, "training")
+        _require(isinstance(self.training, dict) and _is_json(self.training), self, "training")
         threshold = self.q_threshold
         _require(
             threshold is None or (_is_number(threshold) and not math.isnan(threshold)),
@@ -144,7 +144,7 @@ class QRAGConfig:
         """
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ModelFormatError(
                 f"The model's qrag_config.json is not valid JSON ({error}); save or download the "
                 "model again."
@@ -189,8 +189,16 @@ _ALLOWED = {
     "q_threshold": "a number or None",
     "position_endpoint": "True or False",
     "truncate_positions": "True or False",
-    "training": "a dict",
+    "training": "a dict that can be written as JSON",
 }
+
+
+def _is_json(value: object) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_number(value: object) -> bool:
@@ -198,7 +206,10 @@ def _is_number(value: object) -> bool:
 
 
 def _positive(value: float) -> bool:
-    return _is_number(value) and math.isfinite(value) and value > 0
+    try:
+        return _is_number(value) and math.isfinite(value) and value > 0
+    except OverflowError:  # an integer larger than any float
+        return False
 
 
 def _integer(value: object, least: int) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from qrag_retriever.compiled import CompiledTransformer
-from qrag_retriever.errors import ConfigError
+from qrag_retriever.errors import ConfigError, ModelFormatError
 from qrag_retriever.locks import Lock
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Encoder(nn.Module):
 
     Raises:
         ConfigError: If the first module is no ``Transformer``, or it has no tokenizer.
+        ModelFormatError: If the tokenizer knows no word, as if its files were missing.
     """
 
     def __init__(self, modules: Sequence[nn.Module], scale: float = 1.0) -> None:
@@ -49,6 +50,12 @@ class Encoder(nn.Module):
             raise ConfigError(
                 f"An encoder starts with a Transformer that has a tokenizer, not with {kind}; "
                 "choose an embedder that is built on a transformer."
+            )
+        tokenizer: Any = modules[0].tokenizer
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+            raise ModelFormatError(
+                "The tokenizer knows no word: its files (such as tokenizer.json) are missing or "
+                "damaged. Copy or download the model again, or save the tokenizer beside it."
             )
         self.layers = nn.Sequential(*modules)
         self.scale = scale
@@ -60,12 +67,13 @@ class Encoder(nn.Module):
         """Choose what runs the transformer where no gradients are wanted.
 
         Args:
-            backend: ``"torch"``; or ``"openvino"``, with the weights as they are now. Errors as
-                `CompiledTransformer`.
+            backend: ``"torch"``; or ``"openvino"``, which compiles again when weights change.
+                Errors as `CompiledTransformer`.
         """
         self.backend = backend
         openvino = backend == "openvino"
         self._compiled = CompiledTransformer(self.transformer.model) if openvino else None
+        self._compiled_at = self.version
 
     @property
     def transformer(self) -> Transformer:
@@ -196,6 +204,8 @@ class Encoder(nn.Module):
         was_training = self.training
         if was_training:
             self.eval()
+        if self._compiled is not None and self._compiled_at != self.version:
+            self.use(self.backend)
         try:
             with tqdm(total=len(unique), unit=unit, disable=not show_progress) as bar:
                 for batch in self.batches(unique, batch_tokens):
@@ -211,7 +221,7 @@ class Encoder(nn.Module):
     def digest(self, **settings: object) -> str:
         """SHA-256 of the weights, the kinds of modules and these settings."""
         kinds = [
-            [type(layer).__name__, str(getattr(layer, "pooling_mode", ""))]
+            [type(layer).__name__, str(getattr(layer, "pooling_mode", "")), *_activation(layer)]
             for layer in list(self.layers)[1:]
         ]
         shape = {**settings, "layers": kinds}
@@ -270,6 +280,12 @@ class Encoder(nn.Module):
         self.use(self.backend)
 
 
+def _activation(layer: nn.Module) -> list[str]:
+    """What a layer does to its output, where that is not what `Dense` does by default."""
+    function = getattr(layer, "activation_function", None)
+    return [] if function is None or type(function) is nn.Tanh else [repr(function)]
+
+
 def with_pooling(
     modules: Sequence[nn.Module], pooling: str | None, normalize: bool | None
 ) -> list[nn.Module]:
@@ -281,9 +297,13 @@ def with_pooling(
         normalize: Whether embeddings get length 1; ``None`` keeps what is there.
 
     Raises:
-        ConfigError: If the pooling is unknown.
+        ConfigError: If the pooling is unknown, or there is none.
     """
     result = [module for module in modules if normalize is None or not _is_normalize(module)]
+    if len(result) == 1 and isinstance(result[0], Transformer):
+        if pooling is None:
+            raise ConfigError("The embedder has no pooling; give pooling='mean', or another.")
+        result.append(Pooling(result[0].get_embedding_dimension()))
     if pooling is not None:
         if pooling not in Pooling.POOLING_MODES:
             allowed = ", ".join(map(repr, Pooling.POOLING_MODES))

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, SerializerFunctionWrapHandler, model_serializer
 
 from qrag_retriever.collector import in_thread
+from qrag_retriever.errors import InvalidInputError
+from qrag_retriever.fingerprint import is_of
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.model_choice import name_of, resolve_model
 
@@ -28,6 +30,7 @@ class QRAGEmbedding(BaseEmbedding):
 
     Raises:
         ModelFormatError: If the model cannot be loaded.
+        InvalidInputError: If LlamaIndex's ``embeddings_cache`` is given.
 
     Attributes:
         model: The model.
@@ -48,10 +51,23 @@ class QRAGEmbedding(BaseEmbedding):
     def __init__(self, model: QRAGModel | str | Path | None = None, **settings: Any) -> None:
         if model is None:  # what LlamaIndex makes of a dumped embedding has a name alone
             model = settings.get("model_name")
+        if settings.get("embeddings_cache") is not None:
+            raise InvalidInputError(
+                "embeddings_cache keeps one vector for a text, whether it is a query or a chunk, "
+                "and whoever made it; give IngestionPipeline a cache instead."
+            )
         loaded = resolve_model(model)
         settings = {"model_name": name_of(model), "embed_batch_size": 64, **settings}
         super().__init__(**{**settings, "fingerprint": loaded.fingerprint})
         self._model = loaded
+
+    @model_serializer(mode="wrap")
+    def _with_fingerprint(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Dump what the model is now; it may have changed."""
+        if not is_of(self.fingerprint, self._model):
+            self.fingerprint = self._model.fingerprint
+        dumped: dict[str, Any] = serialize(self)
+        return dumped
 
     def __reduce__(self) -> tuple[Any, ...]:
         names = self.model_fields_set - {"callback_manager"}

@@ -104,6 +104,7 @@ class QRAGModel(nn.Module):
             ConfigError: If a setting is unknown or does not fit the embedder.
         """
         embedder = model_files.load_embedder(encoder, trust_remote_code=trust_remote_code)
+        model_files.require_usable(embedder)
         modules = with_pooling(list(embedder.children()), pooling, normalize)
         actions = Encoder(copy.deepcopy(modules))
         states = Encoder(modules)
@@ -358,7 +359,8 @@ class QRAGModel(nn.Module):
 
     def state_ids(self, states: Sequence[State]) -> list[list[int]]:
         """Token ids of states, for `state_encoder`. Arguments and errors as `encode_states`."""
-        states, texts = _reusable(states), []
+        states = [(query, _reusable(chunks)) for query, chunks in states]
+        texts: list[str] = []
         for query, chunks in states:
             check_query(query)
             check_chunks(chunks)

@@ -13,6 +13,7 @@ import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -25,11 +26,16 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from qrag_retriever import compact, offline
 from qrag_retriever.config import QRAGConfig
-from qrag_retriever.errors import ConfigError, InvalidInputError, ModelFormatError
+from qrag_retriever.errors import (
+    ConfigError,
+    InvalidInputError,
+    ModelFormatError,
+    UnsafeModelError,
+)
 from qrag_retriever.files import sync_file, sync_folder
 from qrag_retriever.fingerprint import Names, write_names
 from qrag_retriever.model_trust import refuse_code, refuse_custom_classes
@@ -51,17 +57,6 @@ _OF_A_MODEL = re.compile(
 DEFAULT_MODEL = "multihop-en"
 # Those models, in compact form.
 _PACKAGED = Path(__file__).with_name("models")
-
-# what a damaged or foreign file makes the loading libraries raise
-_LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    RuntimeError,
-    ImportError,
-    SafetensorError,
-)
 
 _CARD = """---
 library_name: qrag-retriever
@@ -132,9 +127,34 @@ def load_embedder(
             trust_remote_code=trust_remote_code,
             model_kwargs={"dtype": torch.float32},
         )
-    except _LOAD_ERRORS as error:
+    except UnpicklingError as error:
+        raise UnsafeModelError(
+            f"The weights of {name!r} are a pickle that holds more than weights and are not "
+            "loaded; get them as model.safetensors."
+        ) from error
+    except Exception as error:
         hint = "" if Path(name).is_dir() else f" There is no such folder. {_without_hub(name)}"
         raise ModelFormatError(f"The embedder {name!r} cannot be loaded: {error}.{hint}") from error
+
+
+def require_usable(embedder: SentenceTransformer) -> None:
+    """Refuse what an embedder does that an encoder does not.
+
+    Raises:
+        ConfigError: If there is such a thing.
+    """
+    prompted = any((embedder.prompts or {}).values())
+    for module in embedder.modules():
+        if isinstance(module, Pooling) and not module.include_prompt and prompted:
+            raise ConfigError(
+                "The embedder leaves its prompts out of the mean (include_prompt=False), which is "
+                "not supported; choose another embedder."
+            )
+    if embedder.truncate_dim is not None:
+        raise ConfigError(
+            f"truncate_dim={embedder.truncate_dim} is not supported; leave it out, or put a Dense "
+            "module of that size behind the pooling."
+        )
 
 
 def find(
@@ -244,7 +264,7 @@ def load(
         routes = cast("Mapping[str, Sequence[nn.Module]]", loaded[0].sub_modules)
         _check_weights(folder, routes)
         return config, list(routes["query"]), list(routes["document"])
-    except _LOAD_ERRORS as error:
+    except Exception as error:
         raise ModelFormatError(
             f"The model in {folder} is incomplete or damaged ({error}). Copy or download it again."
         ) from error
@@ -372,6 +392,7 @@ def _write(
     name: str,
     names: Names | None = None,
 ) -> None:
+    _require_restorable(model)
     model.save_pretrained(str(folder), create_model_card=False)
     _move_code_up(folder)
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
@@ -383,6 +404,23 @@ def _write(
 def plain_card(name: str, config: QRAGConfig) -> str:
     """The model card of a saved model."""
     return _CARD.format(name=name, settings=config.to_json())
+
+
+def _require_restorable(model: SentenceTransformer) -> None:
+    """Refuse to save an activation that its name, which is all a folder holds, does not tell."""
+    for module in model.modules():
+        function = getattr(module, "activation_function", None)
+        if isinstance(function, torch.nn.Module):
+            kind = type(function)
+            try:
+                same = kind.__module__.startswith("torch.") and repr(kind()) == repr(function)
+            except TypeError:  # it needs arguments
+                same = False
+            if not same:
+                raise ConfigError(
+                    f"The activation {function!r} of a {type(module).__name__} would be another "
+                    "when the model is loaded again; use one of torch.nn with default settings."
+                )
 
 
 def _move_code_up(folder: Path) -> None:

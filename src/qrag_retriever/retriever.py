@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama_index.core.callbacks import CallbackManager
 from pydantic import Field, ValidationInfo, field_validator
@@ -40,6 +40,10 @@ class QRAGRetriever(langchain.QRAGRetriever, LlamaIndexHooks):
     )
     object_map: dict[str, Any] = Field(default_factory=dict, exclude=True, repr=False)
     verbose: bool = False
+
+    if TYPE_CHECKING:  # nothing but the index has to be given, and settings have other names too
+
+        def __init__(self, **settings: Any) -> None: ...
 
     @field_validator("callback_manager", "object_map", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import re
 import shutil
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from qrag_retriever.chunk import Chunk
     from qrag_retriever.search import StopReason
+
+# Control characters, and those that turn the direction of writing.
+_OBEYED = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 _STOPPED = {
     "budget": "the budget was used up",
@@ -147,7 +151,8 @@ class Trajectory:
             lines.append(head + first)
             lines.extend(" " * len(head) + line for line in rest)
         lines.append(self._summary())
-        return "\n".join(lines)
+        # a terminal obeys some characters of a text, which may be anybody's
+        return "\n".join(_OBEYED.sub("\N{REPLACEMENT CHARACTER}", line) for line in lines)
 
     def _repr_html_(self) -> str:
         rows = "".join(

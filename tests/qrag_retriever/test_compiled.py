@@ -100,6 +100,17 @@ def test_training_goes_back_to_torch(tiny_encoder: Path, openvino: Any) -> None:
     np.testing.assert_array_equal(compiled.encode_actions(TEXTS), plain.encode_actions(TEXTS))
 
 
+def test_new_weights_are_compiled(tiny_encoder: Path, openvino: Any) -> None:
+    plain, compiled = models(tiny_encoder)
+    doubled = {name: 2 * weight for name, weight in plain.state_dict().items()}
+    for model in (plain, compiled):
+        model.load_state_dict(doubled)
+    np.testing.assert_allclose(
+        compiled.encode_actions(TEXTS), plain.encode_actions(TEXTS), atol=1e-5
+    )
+    assert compiled.action_encoder._compiled is not None
+
+
 def test_gradients_are_torchs(pair: tuple[QRAGModel, QRAGModel]) -> None:
     expected, found = (
         torch.autograd.grad(

@@ -86,6 +86,8 @@ def test_defaults_are_the_papers_positions() -> None:
         ("truncate_positions", "no"),
         ("position_endpoint", 1),
         ("training", None),
+        ("training", {"when": object()}),
+        ("scale", 10**400),
     ],
 )
 def test_values_out_of_range(name: str, value: Any) -> None:
@@ -122,6 +124,8 @@ def test_replace() -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"format_version": ' + "1" * 5000 + "}", "not valid JSON"),
         ("[]", "no 'format_version'"),
         ("{}", "no 'format_version'"),
         (json.dumps({"format_version": 99}), "format version 99; this release reads 1. Upgrade"),

@@ -8,12 +8,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from corpus import IDS, QUERIES, QUERY, TEXTS, make_index, model_copy_in, shared_model
+from corpus import IDS, QUERIES, QUERY, TEXTS, make_index, make_model, model_copy_in, shared_model
 from langchain_core.embeddings import Embeddings
 from llama_index.core import VectorStoreIndex
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.schema import MetadataMode, TextNode
+from llama_index.core.storage.kvstore import SimpleKVStore
 
 from qrag_retriever import QRAGEmbedding, QRAGEmbeddings, QRAGModel, QRAGRetriever
 from qrag_retriever.errors import InvalidInputError
@@ -65,6 +66,21 @@ def test_caches_of_llama_index_tell_models_apart(tmp_path):
         pipeline = IngestionPipeline(transformations=[QRAGEmbedding(model)], cache=cache)
         found = pipeline.run(nodes=nodes)
         same([node.embedding for node in found], model.encode_actions(TEXTS[:2]))
+
+
+def test_nor_do_they_take_a_changed_model_for_what_it_was():
+    model = make_model()
+    embedding, cache = QRAGEmbedding(model), IngestionCache()
+    for change in ({}, {"chunk_prompt": "passage: "}, {"scale": 2.0}):
+        model.config = model.config.replace(**change)
+        pipeline = IngestionPipeline(transformations=[embedding], cache=cache)
+        found = pipeline.run(nodes=[TextNode(text=text) for text in TEXTS[:2]])
+        same([node.embedding for node in found], model.encode_actions(TEXTS[:2]))
+
+
+def test_a_cache_that_tells_neither_queries_nor_models_apart_is_refused():
+    with pytest.raises(InvalidInputError, match="one vector for a text"):
+        QRAGEmbedding(MODEL, embeddings_cache=SimpleKVStore())
 
 
 def test_a_deep_copy_shares_the_model():

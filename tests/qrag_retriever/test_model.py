@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from transformers import BertConfig, BertModel
 
 from qrag_retriever import ChunkIndex, QRAGRetriever, model_files, offline
@@ -146,6 +147,71 @@ def test_a_rounded_model_with_other_settings_is_another(tiny_encoder: Path) -> N
     assert model.fingerprint == full == fresh(tiny_encoder).fingerprint
     model.config = model.config.replace(chunk_prompt="red ")
     assert model.fingerprint != full
+
+
+def with_modules(folder: Path, *modules: torch.nn.Module, **options: Any) -> SentenceTransformer:
+    """An embedder with modules of one's choice behind its transformer."""
+    return SentenceTransformer(
+        modules=[Transformer(str(folder)), *modules], device="cpu", **options
+    )
+
+
+def test_a_tokenizer_that_is_missing_is_told(
+    tiny_encoder: Path, tmp_path: Path, tiny_model: QRAGModel
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny_encoder, bare)
+    saved = tiny_model.save_pretrained(tmp_path / "saved")
+    for file in [*bare.glob("*token*"), *bare.glob("vocab*"), *saved.glob("query_0_*/*token*")]:
+        file.unlink()
+    with pytest.raises(ModelFormatError, match="knows no word"):
+        fresh(bare)
+    with pytest.raises(ModelFormatError, match="knows no word"):
+        QRAGModel.from_pretrained(saved, device="cpu")
+
+
+def test_an_activation_tells_models_apart(tiny_encoder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = Dense(32, 16).state_dict()
+
+    def model(activation: torch.nn.Module) -> QRAGModel:
+        dense = Dense(32, 16, activation_function=activation)
+        dense.load_state_dict(weights)
+        return QRAGModel.from_encoder(with_modules(tiny_encoder, Pooling(32), dense))
+
+    made = {act: model(act) for act in (torch.nn.Tanh(), torch.nn.Identity(), torch.nn.ELU(3.0))}
+    assert len({one.fingerprint for one in made.values()}) == 3
+    for activation, one in made.items():
+        if isinstance(activation, torch.nn.ELU):  # its folder would say no more than ELU
+            with pytest.raises(ConfigError, match=r"ELU\(alpha=3.0\) of a Dense"):
+                one.save_pretrained(tmp_path / "elu")
+            assert not (tmp_path / "elu").exists()
+        else:
+            again = QRAGModel.from_pretrained(one.save_pretrained(tmp_path / repr(activation)))
+            np.testing.assert_array_equal(again.encode_actions(CHUNKS), one.encode_actions(CHUNKS))
+            assert again.fingerprint == one.fingerprint
+
+
+def test_what_an_encoder_would_do_otherwise_is_refused(tiny_encoder: Path) -> None:
+    left_out = Pooling(32, include_prompt=False)
+    prompts = {"query": "query: ", "document": "passage: "}
+    with pytest.raises(ConfigError, match="include_prompt=False"):
+        QRAGModel.from_encoder(with_modules(tiny_encoder, left_out, prompts=prompts))
+    QRAGModel.from_encoder(with_modules(tiny_encoder, left_out))
+    with pytest.raises(ConfigError, match="truncate_dim=16 is not supported"):
+        QRAGModel.from_encoder(with_modules(tiny_encoder, Pooling(32), truncate_dim=16))
+    with pytest.raises(ConfigError, match="no pooling; give pooling='mean'"):
+        QRAGModel.from_encoder(with_modules(tiny_encoder))
+    model = QRAGModel.from_encoder(with_modules(tiny_encoder), pooling="cls")
+    pooled = with_modules(tiny_encoder, Pooling(32, pooling_mode="cls"))
+    expected = QRAGModel.from_encoder(pooled).encode_actions(CHUNKS)
+    np.testing.assert_array_equal(model.encode_actions(CHUNKS), expected)
+
+
+def test_chunks_of_a_state_may_come_from_a_generator(tiny_model: QRAGModel) -> None:
+    expected = tiny_model.encode_states([(QUERY, CHUNKS)])
+    found = tiny_model.encode_states((QUERY, iter(CHUNKS)) for _ in range(1))  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("name", ["", " "])

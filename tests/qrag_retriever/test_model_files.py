@@ -189,6 +189,14 @@ def test_damaged_settings(folder: Path, name: str, content: bytes) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null"])
+def test_damaged_settings_of_an_encoder(folder: Path, name: str, content: bytes) -> None:
+    (folder / "query_0_Transformer" / name).write_bytes(content)
+    with pytest.raises(ModelFormatError):
+        load(folder)
+
+
 @pytest.mark.parametrize("name", ["modules.json", "router_config.json"])
 def test_missing_files(folder: Path, name: str) -> None:
     (folder / name).unlink()

@@ -214,6 +214,13 @@ def test_nothing_to_draw_is_an_error_that_says_what_to_do(kept):
         Trajectory("q", steps, "threshold", 1, kept).plot()
 
 
+def test_a_terminal_is_told_nothing_by_a_text():
+    text = "red\x1b[31m \x07bell \u202eturned ไทย नमस्\u200dते"
+    shown = str(Trajectory(text, (step(1, 0, text),), "budget", 1, ()))
+    assert not any(sign in shown for sign in "\x1b\x07\u202e")
+    assert shown.count("red\ufffd[31m \ufffdbell \ufffdturned ไทย नमस्\u200dते") == 2
+
+
 def test_a_picture_has_a_size(trajectory):
     for wrong in ({"bins": 0}, {"bins": 2.5}, {"width": 0}, {"width": -1}):
         with pytest.raises(InvalidInputError, match="give a width above 0"):
