@@ -74,7 +74,7 @@ class Encoder(nn.Module):
         self.backend = backend
         openvino = backend == "openvino"
         self._compiled = CompiledTransformer(self.transformer.model) if openvino else None
-        self._compiled_at = self.version
+        self._compiled_at = self.version if openvino else 0
 
     @property
     def transformer(self) -> Transformer:
