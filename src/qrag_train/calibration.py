@@ -109,11 +109,13 @@ def choose_threshold(thresholds: Thresholds, target_em: float | None = None) -> 
         target_em: Choose the fewest steps that reach this Fact-EM instead.
 
     Raises:
-        InvalidInputError: If the target is not reached with the whole budget.
+        InvalidInputError: If the target is not reached with the whole budget, or is none.
     """
     if target_em is None:
         # of equal ones the one with the fewest steps
         return thresholds.row(int(np.argmax(thresholds.fact_f1)))
+    if not target_em > 0:
+        raise InvalidInputError(f"target_em={target_em} is not allowed; give a share above 0.")
     enough = np.flatnonzero(thresholds.fact_em >= target_em - 1e-9)
     if not len(enough):
         raise InvalidInputError(

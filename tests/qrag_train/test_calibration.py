@@ -59,8 +59,12 @@ def test_a_target_is_reached_with_the_fewest_steps(model: QRAGModel, target: flo
 
 
 def test_a_target_out_of_reach_is_told(model: QRAGModel) -> None:
+    table = search_thresholds(model, SAMPLES, k=1)
+    for nothing in (0.0, -1.0, float("nan")):
+        with pytest.raises(InvalidInputError, match=f"target_em={nothing} is not allowed"):
+            choose_threshold(table, nothing)
     with pytest.raises(InvalidInputError, match=r"target_em=1.0 is not reached: the whole"):
-        choose_threshold(search_thresholds(model, SAMPLES, k=1), 1.0)
+        choose_threshold(table, 1.0)
 
 
 q_values = st.sampled_from([-0.25, 0.0, 0.1, 0.5, np.float32(0.1) + np.float32(1e-8), 1.0, 2.0])
