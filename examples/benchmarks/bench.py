@@ -247,7 +247,7 @@ class Results:
             SystemExit: If answers are missing; everything is written before.
         """
         options = self._options
-        more |= made_from({judged.name: judged.model for judged in models}, files)
+        more |= made_from({judged.name: judged.digest for judged in models}, files)
         more |= {"stopping": self._stopping, "q_over_steps": self._q_over_steps}
         self._write(more)
         if self._stopping:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from machine import made_from, report, told
+from machine import made_from, model_digest, report, told
 from tqdm import tqdm
 
 from qrag_retriever import ChunkIndex, SearchOptions
@@ -52,7 +52,7 @@ def main() -> None:
     if options.json:
         read = [Path(file) for file in options.files if Path(file).is_file()]
         books = sorted(Path(options.background).glob("*.txt")) if options.background else []
-        sources = made_from({options.model: model}, [*read, *books])
+        sources = made_from({options.model: model_digest(model)}, [*read, *books])
         report(options.json, options.seed, **sources, figures=rows)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from machine import made_from, parse_run, report, told
+from machine import made_from, model_digest, parse_run, report, told
 
 from qrag_retriever import ChunkIndex, QRAGModel, QRAGRetriever
 from qrag_retriever.model_choice import resolve_model
@@ -35,26 +35,31 @@ def main() -> None:
     options = parse()
     model = resolve_model(options.model)
     built = options.folder / "built.json"
-    sources = made_from({options.model: model}, sorted(options.background.glob("*.txt")))
+    sources = made_from(
+        {options.model: model_digest(model)}, sorted(options.background.glob("*.txt"))
+    )
     asked_for = {"sentences": options.sentences, "dtype": options.dtype, **sources}
-    if not built.exists():
-        figures = build(model, options)
-        built.write_text(json.dumps({"asked_for": asked_for, **figures}, indent=2))
-        loaded = None
+    resumed = built.exists()
+    if resumed:
+        kept = json.loads(built.read_text())
     else:
-        if json.loads(built.read_text()).get("asked_for") != asked_for:
-            raise SystemExit(
-                f"{options.folder} holds an index of other sentences, of another type or model; "
-                "give another --folder."
-            )
-        loaded = time.perf_counter()
+        kept = {"asked_for": asked_for, "built": build(model, options)}
+        built.write_text(json.dumps(kept, indent=2))
+    if kept.get("asked_for") != asked_for:
+        raise SystemExit(
+            f"{options.folder} holds an index of other sentences, of another type or model; "
+            "give another --folder."
+        )
+    start = time.perf_counter()
     index = ChunkIndex.load(options.folder / "index", model=model)
-    if loaded is not None:
-        loaded = time.perf_counter() - loaded
-    asked = ask(index, options)
-    figures = json.loads(built.read_text())
-    del figures["asked_for"]
-    results = {**sources, "built": figures, "load_seconds": loaded, **asked}
+    seconds = time.perf_counter() - start
+    results = {
+        **sources,
+        "built": kept["built"],
+        # what was just built is in memory still
+        "load_seconds": seconds if resumed else None,
+        **ask(index, options),
+    }
     print(json.dumps(results, indent=2))
     if options.json:
         report(options.json, options.seed, **results)

@@ -198,6 +198,8 @@ class Encoder(nn.Module):
         Returns:
             Embeddings, float32 [n, d], on the encoder's device.
         """
+        if self._compiled is not None and self._compiled_at != self.version:
+            self.use(self.backend)
         slots: dict[tuple[int, ...], int] = {}
         rows = [slots.setdefault(tuple(ids), len(slots)) for ids in inputs]
         unique = list(slots)
@@ -205,8 +207,6 @@ class Encoder(nn.Module):
         was_training = self.training
         if was_training:
             self.eval()
-        if self._compiled is not None and self._compiled_at != self.version:
-            self.use(self.backend)
         try:
             with tqdm(total=len(unique), unit=unit, disable=not show_progress) as bar:
                 for batch in self.batches(unique, batch_tokens):

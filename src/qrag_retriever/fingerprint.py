@@ -22,12 +22,17 @@ _known: WeakKeyDictionary[QRAGModel, tuple[int, QRAGConfig, str]] = WeakKeyDicti
 
 def is_of(fingerprint: str, model: QRAGModel) -> bool:
     """Whether it is the model's, which is computed again only if weights or settings changed."""
-    now = (model.action_encoder.version, model.config)
+    now = present(model)
     if _known.get(model) == (*now, fingerprint):
         return True
     # also where it differs: what is done to the data of weights leaves their version as it is
     _known[model] = (*now, model.fingerprint)
     return _known[model][2] == fingerprint
+
+
+def present(model: QRAGModel) -> tuple[int, QRAGConfig]:
+    """What its embeddings depend on, weights and settings, as they are now; soon compared."""
+    return model.action_encoder.version, model.config
 
 
 class Names(NamedTuple):

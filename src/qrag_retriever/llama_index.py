@@ -224,7 +224,7 @@ def _held(index: Any, docs: Mapping[str, BaseNode]) -> Iterator[BaseNode]:
     A docstore may serve other indexes too, holds the parents of nodes, and keeps what is deleted
     from the index.
     """
-    structure = index.index_struct
+    structure = getattr(index, "index_struct", None)
     for name in ("nodes_dict", "nodes", "node_ids"):
         if hasattr(structure, name):
             ids = getattr(structure, name)

@@ -20,6 +20,7 @@ from qrag_retriever.collector import in_thread
 from qrag_retriever.corpus import Corpus
 from qrag_retriever.engine import MultiStepRetriever
 from qrag_retriever.errors import ConfigError, InvalidInputError
+from qrag_retriever.fingerprint import present
 from qrag_retriever.locks import Lock
 from qrag_retriever.model_choice import resolve_model
 from qrag_retriever.search import SearchOptions
@@ -52,7 +53,7 @@ class EmbeddingCache:
     def __init__(self, model: QRAGModel, size: int = 10_000) -> None:
         self.model = model
         self.size = size
-        self._made_by = self._now()
+        self._made_by = present(model)
         self._kept: OrderedDict[bytes, NDArray[np.float32]] = OrderedDict()
         self._lock = Lock()
 
@@ -63,7 +64,7 @@ class EmbeddingCache:
             InvalidInputError: If the model returns something other than finite vectors.
         """
         keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
-        now = self._now()
+        now = present(self.model)
         with self._lock:
             if now != self._made_by:  # the model was changed in the meantime
                 self._made_by = now
@@ -87,10 +88,6 @@ class EmbeddingCache:
                 self._kept.popitem(last=False)
         vectors = np.array([known[key] for key in keys], dtype=np.float32)
         return vectors.reshape(len(texts), self.model.dimension)
-
-    def _now(self) -> tuple[int, QRAGConfig]:
-        """What embeddings depend on, weights and settings, as they are at this moment."""
-        return self.model.action_encoder.version, self.model.config
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -151,6 +151,9 @@ class TrainingCLI(LightningCLI):
         """Read the command line, and refuse a seed that cannot be one."""
         named = (re.match(r"--model\.(\w+)", argument) for argument in args)
         self._named = {match[1] for match in named if match}  # settings of the model
+        for action in self._parser("fit")._actions:  # noqa: SLF001 argparse has no other way
+            if action.dest == "ckpt_path":  # `_enter` refuses it
+                action.help = argparse.SUPPRESS
         super().parse_arguments(parser, args)
         seed = self.config[self.config.subcommand].seed_everything
         if not 0 <= seed <= _MOST_SEED:
@@ -374,7 +377,8 @@ def _expanded(arguments: Sequence[str]) -> list[str]:
     """The arguments with the files that stand behind ``--preset`` and ``--output_dir``.
 
     A preset goes in front, so that everything else overrides it. A run that is resumed or judged
-    has its own settings unless others are given. Which run it is no file says better.
+    has its own settings unless others are given. Which run that is goes last: a file may name the
+    folder of another one.
     """
     command, *others = arguments
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -485,6 +485,7 @@ def test_help_of_fit_shows_what_people_set(capsys: pytest.CaptureFixture[str]) -
     for option in ("data.train_file", "model.encoder", "model.pqn.alpha", "trainer.max_steps"):
         assert f"--{option} " in text
     assert "--trainer.profiler" not in text
+    assert "--ckpt_path" not in text
 
 
 @pytest.mark.parametrize("command", ["validate", "test"])
