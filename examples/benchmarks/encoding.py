@@ -18,7 +18,7 @@ import numpy as np
 from machine import parse_run, report, take_turns
 
 from qrag_retriever import ChunkIndex, QRAGModel
-from qrag_retriever.model_files import load_embedder
+from qrag_retriever.pretrained import load_embedder
 from qrag_train.data import split_sentences
 
 BOOK = Path(__file__).parents[1] / "data" / "treasure_island.txt"

@@ -35,7 +35,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from qrag_retriever import QRAGConfig, QRAGModel, SearchOptions, compact
-from qrag_retriever.model_files import CONFIG_FILE
+from qrag_retriever.config import CONFIG_FILE
 from qrag_retriever.search import Beam
 from qrag_train.balance import balance
 from qrag_train.calibration import (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from typing_extensions import Self, TypedDict, Unpack
 
+from qrag_retriever.config import CONFIG_FILE
 from qrag_retriever.constructors import ALIASES, Constructors, resolve_aliases
 from qrag_retriever.corpus import AllOf, Corpus
 from qrag_retriever.engine import MultiStepRetriever
@@ -26,7 +27,6 @@ from qrag_retriever.files import whole_file
 from qrag_retriever.index import ChunkIndex
 from qrag_retriever.model import QRAGModel
 from qrag_retriever.model_choice import resolve_model
-from qrag_retriever.model_files import CONFIG_FILE
 from qrag_retriever.search import SearchOptions
 from qrag_retriever.second_stage import SecondStage
 from qrag_retriever.state import check_query

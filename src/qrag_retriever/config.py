@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 StateOrder = Literal["document", "retrieval"]
 
+CONFIG_FILE = "qrag_config.json"
 FORMAT_VERSION = 1
 
 

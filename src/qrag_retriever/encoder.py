@@ -30,6 +30,13 @@ _CPU_BATCH_NUMBERS = 1 << 18
 GPU_BATCH_TOKENS = 65536
 
 
+def default_device() -> str:
+    """The device to compute on: a GPU if there is one."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 class Encoder(nn.Module):
     """A transformer with pooling, as Sentence-Transformers modules, and a factor on its output.
 

@@ -13,10 +13,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Router
 from torch import nn
 
-from qrag_retriever import model_files
+from qrag_retriever import model_files, model_names, pretrained
 from qrag_retriever.compiled import check_backend
 from qrag_retriever.config import QRAGConfig
-from qrag_retriever.encoder import Encoder, is_normalized, with_pooling
+from qrag_retriever.encoder import Encoder, default_device, is_normalized, with_pooling
 from qrag_retriever.errors import ConfigError, TruncationWarning
 from qrag_retriever.fingerprint import Names, read_names
 from qrag_retriever.state import StateLayout, check_chunks, check_query
@@ -103,8 +103,8 @@ class QRAGModel(nn.Module):
             UnsafeModelError: If its folder holds code and ``trust_remote_code`` is off.
             ConfigError: If a setting is unknown or does not fit the embedder.
         """
-        embedder = model_files.load_embedder(encoder, trust_remote_code=trust_remote_code)
-        model_files.require_usable(embedder)
+        embedder = pretrained.load_embedder(encoder, trust_remote_code=trust_remote_code)
+        pretrained.require_usable(embedder)
         modules = with_pooling(list(embedder.children()), pooling, normalize)
         actions = Encoder(copy.deepcopy(modules))
         states = Encoder(modules)
@@ -151,7 +151,7 @@ class QRAGModel(nn.Module):
             ModelFormatError: If there is no such model, or its files are incomplete or corrupt.
             UnsafeModelError: If the folder holds code or pickles and ``trust_remote_code`` is off.
         """
-        folder = model_files.find(path, revision, token, local_files_only=local_files_only)
+        folder = model_names.find(path, revision, token, local_files_only=local_files_only)
         config, states, actions = model_files.load(folder, trust_remote_code=trust_remote_code)
         model = cls(Encoder(states, config.scale), Encoder(actions, config.scale), config)
         names = read_names(folder)
@@ -300,7 +300,7 @@ class QRAGModel(nn.Module):
         if dtypes[dtype] != next(self.parameters()).dtype:
             # an index outlives a change of precision, so its name is that of the full weights
             self._kept_fingerprint = self.fingerprint
-        device = device or model_files.default_device()
+        device = device or default_device()
         try:
             self.to(device=device, dtype=dtypes[dtype])
         except (AssertionError, RuntimeError) as error:

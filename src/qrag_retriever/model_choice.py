@@ -7,7 +7,7 @@ from typing import Any
 
 from sentence_transformers import SentenceTransformer
 
-from qrag_retriever import model_files
+from qrag_retriever import model_names
 from qrag_retriever.errors import InvalidInputError
 from qrag_retriever.model import QRAGModel
 
@@ -32,7 +32,7 @@ def resolve_model(model: Any, *, trust_remote_code: bool = False) -> QRAGModel:
     if isinstance(own := getattr(model, "model", None), QRAGModel):  # QRAGEmbedding(s)
         return own
     if model is None:
-        model = model_files.default_model()
+        model = model_names.default_model()
     if not isinstance(model, (str, Path)):
         raise InvalidInputError(
             "A model is a QRAGModel, a SentenceTransformer, a folder or a hub name, not "
@@ -42,9 +42,9 @@ def resolve_model(model: Any, *, trust_remote_code: bool = False) -> QRAGModel:
     if not str(model).strip():
         raise InvalidInputError(
             f"model={model!r} is empty; name a model, or leave it out for "
-            f"{model_files.DEFAULT_MODEL}."
+            f"{model_names.DEFAULT_MODEL}."
         )
-    trained = model_files.is_qrag_model(model)
+    trained = model_names.is_qrag_model(model)
     load = QRAGModel.from_pretrained if trained else QRAGModel.from_encoder
     return load(model, trust_remote_code=trust_remote_code)
 
@@ -52,5 +52,5 @@ def resolve_model(model: Any, *, trust_remote_code: bool = False) -> QRAGModel:
 def name_of(model: Any) -> str:
     """What a dump may call a model, so that it can be loaded again where it was given by a name."""
     if model is None:
-        return model_files.DEFAULT_MODEL
+        return model_names.DEFAULT_MODEL
     return str(model) if isinstance(model, (str, Path)) else type(model).__name__

@@ -1,9 +1,7 @@
-"""Models on disk and on the hub: found, checked, loaded, written whole or not at all."""
+"""Models on disk: checked, loaded, written whole or not at all; and uploaded."""
 
 from __future__ import annotations
 
-import copy
-import difflib
 import errno
 import json
 import re
@@ -13,50 +11,35 @@ import stat
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, cast
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub import HfApi
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 
-from qrag_retriever import compact, offline
-from qrag_retriever.config import QRAGConfig
+from qrag_retriever import compact
+from qrag_retriever.config import CONFIG_FILE, QRAGConfig
 from qrag_retriever.errors import (
     ConfigError,
     InvalidInputError,
     ModelFormatError,
-    UnsafeModelError,
 )
 from qrag_retriever.files import sync_file, sync_folder
 from qrag_retriever.fingerprint import Names, write_names
-from qrag_retriever.model_trust import refuse_code, refuse_custom_classes
+from qrag_retriever.model_trust import refuse_code
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch import nn
 
-CONFIG_FILE = "qrag_config.json"
-
 # Names of what a model folder holds.
 _OF_A_MODEL = re.compile(
     r"(query|document)_\d+_\w+|README\.md|weights\.safetensors"
     r"|(qrag_config|router_config|modules|config_sentence_transformers|fingerprint|manifest)\.json"
 )
-
-# The model that a retriever takes if none is named: one of those that come with the package.
-DEFAULT_MODEL = "multihop-en"
-# Those models, in compact form.
-_PACKAGED = Path(__file__).with_name("models")
 
 _CARD = """---
 library_name: qrag-retriever
@@ -84,152 +67,6 @@ encoder, `encode_document` the action encoder.
 {settings}
 ```
 """
-
-
-def default_device() -> str:
-    """The device to compute on: a GPU if there is one."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def load_embedder(
-    encoder: str | Path | SentenceTransformer | None, *, trust_remote_code: bool = False
-) -> SentenceTransformer:
-    """A pretrained embedder on the CPU, in float32.
-
-    Args:
-        encoder: Folder or hub name, or an embedder to copy; ``None``: all-MiniLM-L6-v2.
-        trust_remote_code: Let the embedder's own code run.
-
-    Raises:
-        ModelFormatError: If there is no such embedder, or its files are unusable.
-        UnsafeModelError: If its folder asks for code to be run and that is not allowed.
-    """
-    if isinstance(encoder, SentenceTransformer):
-        own: SentenceTransformer = copy.deepcopy(encoder).to("cpu", torch.float32)
-        return own
-    if encoder is None:
-        encoder = offline.DEFAULT_ENCODER
-    if not str(encoder).strip():
-        raise ModelFormatError("The embedder's name is empty; give a folder or a hub name.")
-    name = str(Path(encoder).expanduser())
-    if name == offline.DEFAULT_ENCODER and offline.is_installed():
-        name = str(offline.minilm_folder())
-    if Path(name, CONFIG_FILE).is_file():
-        raise ModelFormatError(f"{name} is a Q-RAG model; load it with QRAGModel.from_pretrained.")
-    if Path(name).is_dir() and not trust_remote_code:
-        refuse_custom_classes(Path(name))
-    try:
-        return SentenceTransformer(
-            name,
-            device="cpu",
-            trust_remote_code=trust_remote_code,
-            model_kwargs={"dtype": torch.float32},
-        )
-    except UnpicklingError as error:
-        raise UnsafeModelError(
-            f"The weights of {name!r} are a pickle that holds more than weights and are not "
-            "loaded; get them as model.safetensors."
-        ) from error
-    except Exception as error:
-        hint = "" if Path(name).is_dir() else f" There is no such folder. {_without_hub(name)}"
-        raise ModelFormatError(f"The embedder {name!r} cannot be loaded: {error}.{hint}") from error
-
-
-def require_usable(embedder: SentenceTransformer) -> None:
-    """Refuse what an embedder does that an encoder does not.
-
-    Raises:
-        ConfigError: If there is such a thing.
-    """
-    prompted = any((embedder.prompts or {}).values())
-    for module in embedder.modules():
-        if isinstance(module, Pooling) and not module.include_prompt and prompted:
-            raise ConfigError(
-                "The embedder leaves its prompts out of the mean (include_prompt=False), which is "
-                "not supported; choose another embedder."
-            )
-    if embedder.truncate_dim is not None:
-        raise ConfigError(
-            f"truncate_dim={embedder.truncate_dim} is not supported; leave it out, or put a Dense "
-            "module of that size behind the pooling."
-        )
-
-
-def find(
-    path: str | Path, revision: str | None, token: str | None, *, local_files_only: bool
-) -> Path:
-    """The local folder of a Q-RAG model, downloaded if need be (never code or pickles).
-
-    Raises:
-        ModelFormatError: If there is neither such a folder nor such a repository, or it holds no
-            Q-RAG model.
-    """
-    folder = packaged(path) or Path(path).expanduser()
-    if not folder.is_dir():
-        try:
-            downloaded = snapshot_download(
-                str(path),
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors", "*.md"],
-            )
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            cut_short = sorted(folder.parent.glob(f".{folder.name}.old-*"))
-            hint = f" A save of it was cut short: rename {cut_short[-1]}." if cut_short else ""
-            raise ModelFormatError(
-                f"No Q-RAG model at {str(path)!r}: there is no such folder, and the hub gave none "
-                f"({error}).{hint or ' ' + _without_hub(str(path))}"
-            ) from error
-        folder = Path(downloaded)
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelFormatError(
-            f"{folder} has no {CONFIG_FILE}, so it is no Q-RAG model. For a plain embedder use "
-            "QRAGModel.from_encoder; for a checkpoint of the paper's authors "
-            "qrag_retriever.reference.load_reference_checkpoint."
-        )
-    return folder
-
-
-def _without_hub(name: str) -> str:
-    """What can be named without a hub, and which of it may have been meant."""
-    known = [*sorted(folder.name for folder in _PACKAGED.iterdir() if folder.is_dir())]
-    known.append(offline.DEFAULT_ENCODER)
-    short = {one.rpartition("/")[2].lower(): one for one in known}
-    near = difflib.get_close_matches(Path(name).name.lower(), short, 1)
-    meant = f" Did you mean {short[near[0]]!r}?" if near else ""
-    return (
-        f"Without a hub there are {', '.join(known)} (the last with 'qrag-retriever[offline]')."
-        f"{meant}"
-    )
-
-
-def packaged(name: str | Path) -> Path | None:
-    """The folder of a model that comes with the package; a folder of that name here comes first."""
-    folder = _PACKAGED / name
-    here = Path(name).expanduser().is_dir()
-    return folder if len(Path(name).parts) == 1 and folder.is_dir() and not here else None
-
-
-def default_model() -> Path:
-    """The folder of the model that a retriever takes if none is named."""
-    return _PACKAGED / DEFAULT_MODEL
-
-
-def is_qrag_model(path: str | Path) -> bool:
-    """Whether a folder, or else a repository on the hub, holds a Q-RAG model."""
-    folder = packaged(path) or Path(path).expanduser()
-    if folder.is_dir():
-        return (folder / CONFIG_FILE).is_file()
-    if str(path) == offline.DEFAULT_ENCODER:
-        return False  # a plain embedder, whether there is a hub to ask or not
-    try:
-        hf_hub_download(str(path), CONFIG_FILE)
-    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError):
-        return False  # what is wrong with the name, loading it will tell
-    return True
 
 
 def load(

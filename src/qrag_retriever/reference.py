@@ -25,7 +25,7 @@ from qrag_retriever.config import QRAGConfig
 from qrag_retriever.encoder import Encoder
 from qrag_retriever.errors import ConfigError, ModelFormatError, QRAGError, UnsafeModelError
 from qrag_retriever.model import DType, QRAGModel
-from qrag_retriever.model_files import load_embedder
+from qrag_retriever.pretrained import load_embedder
 from qrag_retriever.reference_config import CONFIG_FILE, ReferenceConfig
 
 CheckpointName = Literal["best", "last"]

@@ -11,7 +11,7 @@ from torch import nn
 
 from qrag_retriever.errors import ConfigError, MissingDependencyError
 from qrag_retriever.model import QRAGModel
-from qrag_retriever.model_files import is_qrag_model
+from qrag_retriever.model_names import is_qrag_model
 from qrag_retriever.positions import PositionMode
 from qrag_train.scratch import ScratchConfig, make_encoder
 from qrag_train.settings import OptimizerConfig, PQNConfig

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from qrag_retriever import compact
-from qrag_retriever.config import QRAGConfig
+from qrag_retriever.config import CONFIG_FILE, QRAGConfig
 from qrag_retriever.errors import InvalidInputError, ModelFormatError
-from qrag_retriever.model_files import CONFIG_FILE, packaged, plain_card, replacing
+from qrag_retriever.model_files import plain_card, replacing
+from qrag_retriever.model_names import packaged
 from qrag_retriever.search import SearchOptions
 from qrag_train.card import model_card
 from qrag_train.evaluation import search_samples

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qrag_retriever.errors import ModelFormatError
-from qrag_retriever.model_files import is_qrag_model
+from qrag_retriever.model_names import is_qrag_model
 from qrag_retriever.search import SearchOptions
 from qrag_train.build import starting_model
 from qrag_train.evaluation import evaluate

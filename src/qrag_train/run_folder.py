@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from qrag_retriever.config import QRAGConfig
+from qrag_retriever.config import CONFIG_FILE, QRAGConfig
 from qrag_retriever.errors import ConfigError, QRAGError
-from qrag_retriever.model_files import CONFIG_FILE, is_qrag_model
+from qrag_retriever.model_names import is_qrag_model
 
 # Some of what the settings that `fit` writes always have, and others seldom.
 _OF_A_RUN = {"data", "model", "trainer", "output_dir", "checkpoint_minutes"}

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qrag_retriever import QRAGModel, model_files
+from qrag_retriever import QRAGModel, model_names
 from qrag_retriever.compact import MANIFEST, WEIGHTS, renew_manifest, unpack
 from qrag_retriever.errors import ModelFormatError
 
@@ -168,11 +168,11 @@ def test_weights_without_their_places_are_damaged(
 def test_a_model_of_the_package_is_found_by_its_name(
     trained: QRAGModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(model_files, "_PACKAGED", tmp_path / "models")
+    monkeypatch.setattr(model_names, "_PACKAGED", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
     folder = trained.save_pretrained(tmp_path / "models" / "mine", compact=True)
     assert json.loads((folder / MANIFEST).read_text())
-    assert model_files.is_qrag_model("mine")
+    assert model_names.is_qrag_model("mine")
     assert QRAGModel.from_pretrained("mine").config == trained.config
     here = trained.config.replace(max_steps=9)
     QRAGModel(trained.state_encoder, trained.action_encoder, here).save_pretrained("mine")

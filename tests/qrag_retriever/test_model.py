@@ -15,7 +15,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from transformers import BertConfig, BertModel
 
-from qrag_retriever import ChunkIndex, QRAGRetriever, model_files, offline
+from qrag_retriever import ChunkIndex, QRAGRetriever, model_names, offline
 from qrag_retriever.config import QRAGConfig
 from qrag_retriever.errors import (
     ConfigError,
@@ -237,10 +237,10 @@ def test_resolve_model_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise LocalEntryNotFoundError("cannot reach the hub")
 
-    monkeypatch.setattr(model_files, "hf_hub_download", unreachable)
-    assert not model_files.is_qrag_model("someone/some-model")
+    monkeypatch.setattr(model_names, "hf_hub_download", unreachable)
+    assert not model_names.is_qrag_model("someone/some-model")
     # the embedder of the extra `offline` is known to be one: nothing is asked
-    monkeypatch.setattr(model_files, "hf_hub_download", pytest.fail)
+    monkeypatch.setattr(model_names, "hf_hub_download", pytest.fail)
     assert resolve_model(offline.DEFAULT_ENCODER).dimension == 384
 
 

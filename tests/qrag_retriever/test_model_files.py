@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from own_code import bring_code
-from qrag_retriever import model_files
+from qrag_retriever import model_files, model_names
 from qrag_retriever.errors import (
     ConfigError,
     InvalidInputError,
@@ -390,7 +390,7 @@ def test_download_takes_no_code(folder: Path, monkeypatch: pytest.MonkeyPatch) -
         asked.update(options, name=name)
         return str(folder)
 
-    monkeypatch.setattr(model_files, "snapshot_download", fake_download)
+    monkeypatch.setattr(model_names, "snapshot_download", fake_download)
     model = QRAGModel.from_pretrained("me/qrag", revision="v1", token="t", device="cpu")
     assert model.dimension == 32
     assert (asked["name"], asked["revision"], asked["token"]) == ("me/qrag", "v1", "t")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qrag_retriever import QRAGModel, QRAGRetriever, SearchOptions
-from qrag_retriever.model_files import default_model
+from qrag_retriever.model_names import default_model
 from qrag_train.data import BabiLong, BabiSimulator, BackgroundText, FixedSamples, split_sentences
 from qrag_train.evaluation import search_samples
 from qrag_train.metrics import retrieval_metrics
