@@ -17,7 +17,8 @@ from tqdm import tqdm
 from qrag_retriever import QRAGModel, SearchOptions
 from qrag_retriever.errors import ReaderError
 from qrag_retriever.offline import DEFAULT_ENCODER
-from qrag_retriever.search import Beam, Pick, best_actions
+from qrag_retriever.q_values import best_actions
+from qrag_retriever.search import Beam, Pick
 from qrag_train.evaluation import EmbeddedTexts, in_groups, judge, search_samples, steps_above
 from qrag_train.journal import Journal, content_key
 from qrag_train.reading import Reader, Task, openai_compatible

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from qrag_retriever.scoring import score
+from qrag_retriever.q_values import QValues
+from qrag_retriever.scoring import score, score_best
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -41,13 +42,18 @@ class Candidates(Protocol):
     def complete(self) -> bool: ...  # noqa: D102
 
     def score(
-        self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
-    ) -> NDArray[np.float32]:
+        self,
+        states: NDArray[np.float32],
+        retrieved: Sequence[Sequence[int]],
+        *,
+        every: bool = False,
+    ) -> list[QValues]:
         """Q of the candidates for states ``[S, d]`` that hold the retrieved ones.
 
-        Returns:
-            float32 ``[S, m]``: Q of the numbers 0 … m-1, ``-inf`` where it is not known; those
-            beyond have not been seen yet.
+        Args:
+            states: float32.
+            retrieved: Numbers of the chunks that each state holds.
+            every: Whether Q of all of them is wanted, not of the best alone, as far as it is known.
         """
 
     def chunk(self, number: int) -> Chunk:
@@ -90,26 +96,35 @@ class SnapshotCandidates:
         self.rows = snapshot.select(filter)
         self.n = len(snapshot) if self.rows is None else len(self.rows)
         self.excluded = self._numbers([snapshot.row_of(chunk_id) for chunk_id in exclude_ids])
-        # what an approximate index is asked for besides the chunks already retrieved
-        self._spare = len(self.excluded) + options.breadth
+        self._breadth = options.breadth
         # a draw may take any chunk
         self._ann = None if options.temperature is not None else snapshot.ann
         self._actions = snapshot.vectors.tensor()
 
     def score(
-        self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
-    ) -> NDArray[np.float32]:
+        self,
+        states: NDArray[np.float32],
+        retrieved: Sequence[Sequence[int]],
+        *,
+        every: bool = False,
+    ) -> list[QValues]:
         """See `Candidates`."""
         if self._ann is not None:
             return self._score_nearest(self._ann, states, retrieved)
-        return score(
-            torch.from_numpy(states),
-            self._actions,
-            retrieved,
-            self.config.position_scheme,
+        arguments = (torch.from_numpy(states), self._actions, retrieved)
+        scheme, base = self.config.position_scheme, self.config.rotary_base
+        if every:
+            q = score(*arguments, scheme, rows=self.rows, base=base)
+            return [QValues(of_state) for of_state in q.numpy()]
+        return score_best(
+            *arguments,
+            scheme,
+            self._breadth,
+            longest=self.snapshot.vectors.longest,
+            excluded=self.excluded,
             rows=self.rows,
-            base=self.config.rotary_base,
-        ).numpy()
+            base=base,
+        )
 
     def chunk(self, number: int) -> Chunk:
         """See `Candidates`."""
@@ -125,14 +140,14 @@ class SnapshotCandidates:
 
     def _score_nearest(
         self, ann: AnnIndex, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
-    ) -> NDArray[np.float32]:
-        """Exact Q of the chunks an approximate index finds; ``-inf`` for all others."""
-        q_values = np.full((len(states), self.n), -np.inf, dtype=np.float32)
-        count = self._spare + max(map(len, retrieved))
-        found = ann.search(states, count, self.rows)
-        for q, state, rows in zip(q_values, states, found, strict=True):
-            q[self._numbers(rows)] = self.snapshot.vectors.float32(rows) @ state
-        return q_values
+    ) -> list[QValues]:
+        """Exact Q of the chunks an approximate index finds."""
+        count = self._breadth + len(self.excluded) + max(map(len, retrieved))
+        found = map(np.sort, ann.search(states, count, self.rows))
+        return [
+            QValues(self.snapshot.vectors.float32(rows) @ state, np.array(self._numbers(rows)))
+            for state, rows in zip(states, found, strict=True)
+        ]
 
     def _numbers(self, rows: Sequence[int] | NDArray[np.int64]) -> list[int]:
         """Numbers among the candidates of chunks given by row; those filtered out have none."""

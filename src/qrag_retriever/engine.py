@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from qrag_retriever.corpus import Corpus
     from qrag_retriever.model import QRAGModel
+    from qrag_retriever.q_values import QValues
 
     OnStep = Callable[[int, Step], None]
 
@@ -143,6 +144,8 @@ class _Run:
         exclude_ids = _checked_ids(exclude_ids)
         self.model = model
         self.queries = queries
+        # a draw may take any chunk
+        self._every = keep_q_values or options.temperature is not None
         self.candidates = index.candidates(
             queries, model, options, filter=filter, exclude_ids=exclude_ids
         )
@@ -199,15 +202,16 @@ class _Run:
 
     def _score(
         self, states: NDArray[np.float32], beams: Sequence[tuple[int, Sequence[int]]]
-    ) -> list[NDArray[np.float32]]:
+    ) -> list[QValues]:
         """Q for each state, together for those that choose from the same candidates."""
-        q_values: dict[int, NDArray[np.float32]] = {}
+        q_values: dict[int, QValues] = {}
         for own in {id(own): own for own in self.candidates}.values():
             places = [
                 place for place, (number, _) in enumerate(beams) if self.candidates[number] is own
             ]
             if places:
-                found = own.score(states[places], [beams[place][1] for place in places])
+                retrieved = [beams[place][1] for place in places]
+                found = own.score(states[places], retrieved, every=self._every)
                 q_values.update(zip(places, found, strict=True))
         return [q_values[place] for place in range(len(beams))]
 

@@ -75,24 +75,28 @@ class PositionScheme:
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value!r} is not allowed; give a finite number above 0.")
 
-    def positions(self, n: int, retrieved: Sequence[int] = ()) -> NDArray[np.float64]:
-        """ρ of every chunk.
+    def positions(
+        self, n: int, retrieved: Sequence[int] = (), chunks: NDArray[np.int64] | None = None
+    ) -> NDArray[np.float64]:
+        """ρ of every chunk, or of some.
 
         Args:
             n: Number of chunks.
             retrieved: Numbers of the retrieved chunks, in any order.
+            chunks: Numbers of the chunks, ``[m]``; ``None``: all, in document order.
 
         Returns:
-            float64 ``[n]``, in document order.
+            float64 ``[n]`` or ``[m]``.
 
         Raises:
             InvalidInputError: If a retrieved chunk does not exist or is given twice.
         """
-        return self._at(self._intervals(n, retrieved), np.arange(n))
+        chunks = np.arange(n) if chunks is None else chunks
+        return self._at(self._intervals(n, retrieved), chunks)
 
     def position(self, n: int, retrieved: Sequence[int], chunk: int) -> float:
         """ρ of one chunk, without those of all others; arguments and errors as `positions`."""
-        return float(self._at(self._intervals(n, retrieved), np.array([chunk]))[0])
+        return float(self.positions(n, retrieved, np.array([chunk]))[0])
 
     def runs(
         self,

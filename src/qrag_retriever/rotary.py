@@ -35,6 +35,24 @@ def rotate(vectors: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
     return turn(vectors, phases(positions, vectors.shape[-1], base))
 
 
+def q_at(states: Tensor, actions: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Q of given pairs of state and chunk: ``⟨R(-ρ)s, a⟩``.
+
+    Args:
+        states: State embeddings ``[..., d]``.
+        actions: Chunk embeddings without position, ``[..., d]``; all three broadcast.
+        positions: ρ of each pair, ``[...]``.
+        base: Base of the rotation frequencies.
+
+    Returns:
+        ``[...]``, differentiable with respect to states and actions.
+
+    Raises:
+        ConfigError: If ``d`` is not a multiple of 4.
+    """
+    return (rotate(states, -positions, base) * actions).sum(dim=-1)
+
+
 def phases(positions: Tensor, dimension: int, base: float = 10000.0) -> Tensor:
     """The rotations R(ρ) themselves, as complex numbers on the unit circle for :func:`turn`.
 
@@ -56,9 +74,20 @@ def phases(positions: Tensor, dimension: int, base: float = 10000.0) -> Tensor:
         )
     # An angle of thousands of radians leaves half precision no correct digit and float32 few.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
-    pair = torch.arange(dimension // 4, dtype=exact, device=positions.device)
-    angles = positions.to(exact)[..., None] * base ** (-4 * pair / dimension)
+    angles = positions.to(exact)[..., None] * frequencies(dimension, base).to(
+        positions.device, exact
+    )
     return torch.complex(angles.cos(), angles.sin())
+
+
+def frequencies(dimension: int, base: float = 10000.0) -> Tensor:
+    """By how much each component pair of a half turns from one position to the next.
+
+    Returns:
+        float64 ``[d / 4]``, from 1 down.
+    """
+    pair = torch.arange(dimension // 4, dtype=torch.float64)
+    return base ** (-4 * pair / dimension)
 
 
 def turn(vectors: Tensor, rotation: Tensor) -> Tensor:

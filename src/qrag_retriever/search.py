@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from qrag_retriever.config import QRAGConfig
-from qrag_retriever.errors import InvalidInputError, QRAGError
+from qrag_retriever.errors import InvalidInputError
+from qrag_retriever.q_values import QValues
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -152,6 +153,7 @@ class Search:
         alpha: float = QRAGConfig.alpha,
     ) -> None:
         self.options = options
+        self._n = n
         self._alpha = alpha
         self._excluded = np.fromiter(excluded, dtype=np.int64, count=len(excluded))
         self._available = (sys.maxsize if n is None else n) - len(set(excluded))
@@ -176,13 +178,13 @@ class Search:
         """Retrieved chunks, in order, of each trajectory that goes on."""
         return [beam.retrieved for beam in self._beams if not beam.stopped]
 
-    def advance(self, q_values: Iterable[NDArray[np.float32]]) -> None:
+    def advance(self, q_values: Iterable[QValues | NDArray[np.float32]]) -> None:
         """Take the next step.
 
         Args:
-            q_values: Q of every candidate in each of `states`, float32 ``[len(states), n]``; what
-                is already retrieved or excluded may hold any value. Unknown Q is ``-inf``, also
-                that of all candidates beyond the last.
+            q_values: Q of the candidates in each of `states`, or of those that may be among the
+                `SearchOptions.breadth` best; as an array, of all, float32 ``[len(states), n]``.
+                What is already retrieved or excluded may hold any value. Unknown Q is ``-inf``.
 
         Raises:
             QRAGError: If a Q-value is NaN.
@@ -191,38 +193,31 @@ class Search:
         rows = iter(q_values)
         pool: list[Beam] = []
         for beam in self._beams:
-            pool.extend([beam] if beam.stopped else self._expand(beam, next(rows)))
+            pool.extend([beam] if beam.stopped else self._expand(beam, _known(next(rows))))
         pool.sort(key=lambda beam: -beam.log_probability)
         by_set: dict[frozenset[int], Beam] = {}
         for beam in pool:  # two orders that lead to the same set are one beam
             by_set.setdefault(frozenset(beam.retrieved), beam)
         self._beams = list(by_set.values())[: self.options.beams]
 
-    def _expand(self, beam: Beam, q_values: NDArray[np.float32]) -> list[Beam]:
+    def _expand(self, beam: Beam, q_values: QValues) -> list[Beam]:
         options = self.options
-        q = np.array(q_values, dtype=np.float32)
-        q[self._excluded] = -np.inf
-        q[list(beam.retrieved)] = -np.inf
+        taken = np.array(beam.retrieved, dtype=np.int64)
+        q = q_values.without(np.concatenate([self._excluded, taken]))
         left = self._available - len(beam.picks)
         take = min(options.chunks_per_step, options.k - len(beam.picks), left)
         wanted = min(take + max(options.rivals - 1, options.runners_up), left)
-        ranked = best_actions(q, wanted)
+        ranked = q.best(wanted)
         if not ranked:
             return [dataclasses.replace(beam, stopped="exhausted")]
         if options.q_threshold is not None:
-            if q[ranked[0]] < options.q_threshold:
+            if q.of(ranked[0]) < options.q_threshold:
                 return [self._extend(beam, [], ranked, q, stopped="threshold")]
-            above = sum(q[index] >= options.q_threshold for index in ranked)
+            above = sum(bool(q.of(index) >= options.q_threshold) for index in ranked)
         else:
             above = len(ranked)
         if options.temperature is not None:
-            noise, t = self._random.gumbel(size=q.shape), np.float64(options.temperature)
-            # the same order either way; this way no temperature overflows
-            with np.errstate(invalid="ignore"):  # an endless temperature makes no number of -inf
-                keys = q + t * noise if t < 1 else q / t + noise
-            least = -np.inf if options.q_threshold is None else options.q_threshold
-            keys[np.isneginf(q) | (q < least)] = -np.inf
-            drawn = best_actions(keys, take)
+            drawn = self._drawn(q).best(take)
             stopped: StopReason | None = "threshold" if len(drawn) < take else None
             return [self._extend(beam, drawn, ranked, q, stopped=stopped)]
         head, others = ranked[: take - 1], ranked[take - 1 : above]
@@ -231,30 +226,44 @@ class Search:
             return [self._extend(beam, ranked[:above], ranked, q, stopped=reason)]
         return [self._extend(beam, [*head, other], ranked, q) for other in others[: options.beams]]
 
+    def _drawn(self, q: QValues) -> QValues:
+        """Keys whose order is a draw from the soft policy (eq. 3) without replacement."""
+        t = np.float64(self.options.temperature)
+        noise = self._random.gumbel(size=q.values.shape)
+        # the same order either way; this way no temperature overflows
+        with np.errstate(invalid="ignore"):  # an endless temperature makes no number of -inf
+            keys = q.values + t * noise if t < 1 else q.values / t + noise
+        threshold = self.options.q_threshold
+        least = -np.inf if threshold is None else threshold
+        keys[np.isneginf(q.values) | (q.values < least)] = -np.inf
+        return QValues(keys, q.numbers)
+
     def _extend(
         self,
         beam: Beam,
         taken: Sequence[int],
         ranked: Sequence[int],
-        q: NDArray[np.float32],
+        q: QValues,
         stopped: StopReason | None = None,
     ) -> Beam:
         others = [index for index in ranked if index not in taken][: self.options.runners_up]
-        runners_up = tuple((index, float(q[index])) for index in others)
-        picks = [Pick(self._step, index, float(q[index]), runners_up) for index in taken]
+        runners_up = tuple((index, float(q.of(index))) for index in others)
+        picks = [Pick(self._step, index, float(q.of(index)), runners_up) for index in taken]
         count = len(beam.picks) + len(picks)
         if count >= self.options.k:
             stopped = "budget"
         elif count >= self._available:
             stopped = "exhausted"
-        kept = (*beam.q_values, q) if self._keep and picks else beam.q_values
+        kept = beam.q_values
+        if self._keep and picks:
+            kept = (*kept, q.filled(self._n))
         log_probability = beam.log_probability
         if self.options.beams > 1 and count > 0:  # who takes nothing has no rivals
             log_probability += self._log_policy(q, ranked, taken, stops=stopped == "threshold")
         return Beam((*beam.picks, *picks), stopped, kept, log_probability)
 
     def _log_policy(
-        self, q: NDArray[np.float32], ranked: Sequence[int], taken: Sequence[int], *, stops: bool
+        self, q: QValues, ranked: Sequence[int], taken: Sequence[int], *, stops: bool
     ) -> float:
         """Log-probability of taking chunks one after the other, and perhaps of stopping then.
 
@@ -264,42 +273,16 @@ class Search:
         total, threshold = 0.0, self.options.q_threshold
         for place in range(len(taken) + stops):
             rivals = ranked[place : place + self.options.rivals]
-            values = [float(q[index]) for index in rivals]
+            values = [float(q.of(index)) for index in rivals]
             values += [] if threshold is None else [threshold]
-            value = float(q[taken[place]]) if place < len(taken) else values[-1]
+            value = float(q.of(taken[place])) if place < len(taken) else values[-1]
             gaps = (np.array([value, *values]) - max(values)) / self._alpha
             total += gaps[0] - np.logaddexp.reduce(gaps[1:])
         return float(total)
 
 
-def best_actions(q_values: NDArray[np.floating[Any]], count: int) -> list[int]:
-    """The actions of highest Q, best first, equal ones by number; none of ``-inf``.
-
-    Args:
-        q_values: Q of every action, ``[n]``.
-        count: How many.
-
-    Raises:
-        QRAGError: If a Q-value is NaN.
-
-    Example:
-        >>> best_actions(np.array([1, 3, -np.inf, 3], dtype=np.float32), 4)
-        [1, 3, 0]
-    """
-    q_values = q_values.copy()
-    best: list[int] = []
-    for _ in range(min(count, len(q_values))):
-        index = int(np.argmax(q_values))  # the first of equal ones; NaN counts as the highest
-        if np.isnan(q_values[index]):
-            raise QRAGError(
-                "The model gave NaN as a Q-value; its weights or the index's embeddings are "
-                "damaged. Load or build them again."
-            )
-        if q_values[index] == -np.inf:
-            break
-        best.append(index)
-        q_values[index] = -np.inf
-    return best
+def _known(q_values: QValues | NDArray[np.float32]) -> QValues:
+    return q_values if isinstance(q_values, QValues) else QValues(q_values)
 
 
 def _is_number(value: object) -> bool:

@@ -139,6 +139,15 @@ class StoredVectors:
     def __len__(self) -> int:
         return len(self.values)
 
+    @functools.cached_property
+    def longest(self) -> float:
+        """No vector is longer than this, in the Euclidean norm; read once, then kept."""
+        firsts = range(0, len(self), _AT_ONCE // 16)
+        blocks = (self.float32(slice(first, first + _AT_ONCE // 16)) for first in firsts)
+        squares = [np.einsum("nd,nd->n", block, block).max() for block in blocks]
+        # NaN, if there is any; rounded up
+        return float(np.sqrt(np.max(squares, initial=0)) * np.float32(1.0001))
+
     def float32(self, rows: Any = slice(None)) -> NDArray[np.float32]:
         """Vectors in float32, read-only; all of a float32 index without a copy.
 
@@ -171,7 +180,7 @@ class StoredVectors:
     def take(self, rows: list[int] | slice) -> StoredVectors:
         """The vectors of some rows, in this order."""
         scales = None if self.scales is None else self.scales[rows]
-        return StoredVectors(self.values[rows], self.dtype, scales)
+        return self._no_longer(StoredVectors(self.values[rows], self.dtype, scales))
 
     def replaced(self, rows: list[int], by: StoredVectors) -> StoredVectors:
         """The vectors with some rows replaced by others of the same type."""
@@ -195,7 +204,14 @@ class StoredVectors:
         scales = None
         if self.scales is not None and more.scales is not None:
             scales = join(self.scales, more.scales)
-        return StoredVectors(join(self.values, more.values), self.dtype, scales)
+        joined = StoredVectors(join(self.values, more.values), self.dtype, scales)
+        return self._no_longer(joined, more)
+
+    def _no_longer(self, result: StoredVectors, *others: StoredVectors) -> StoredVectors:
+        """Vectors made from these and others, which need not be read again to know the longest."""
+        if "longest" in self.__dict__:
+            result.__dict__["longest"] = max(of.longest for of in (self, *others))
+        return result
 
 
 def checked_vectors(

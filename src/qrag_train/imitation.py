@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qrag_retriever.scoring import q_at
+from qrag_retriever.rotary import q_at
 from qrag_retriever.state import in_state_order
 from qrag_train.returns import critic_values
 from qrag_train.rewards import path_return

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qrag_retriever import quantized, scoring
+from qrag_retriever import candidate_rows, quantized
 from qrag_retriever.positions import PositionScheme
 from qrag_retriever.quantized import QuantizedRows, in_parts, multiplies_integers
 from qrag_retriever.scoring import score
@@ -111,8 +111,8 @@ def test_the_corpus_is_never_converted_as_a_whole():
     for integers in (True, False):
         with (
             mock.patch.object(QuantizedRows, "float", record),
-            mock.patch.object(scoring, "_BLOCK", 1 << 17),
-            mock.patch.object(scoring, "multiplies_integers", return_value=integers),
+            mock.patch.object(candidate_rows, "BLOCK", 1 << 17),
+            mock.patch.object(candidate_rows, "multiplies_integers", return_value=integers),
         ):
             for scheme in schemes:
                 score(torch.randn(1, 64), matrix, [[]], scheme)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -14,12 +16,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qrag_retriever import scoring
+from qrag_retriever import candidate_rows, products, scan, scoring, shortlist
 from qrag_retriever.errors import ConfigError, InvalidInputError
 from qrag_retriever.positions import PositionScheme
 from qrag_retriever.quantized import QuantizedRows
-from qrag_retriever.rotary import rotate
-from qrag_retriever.scoring import q_at, score
+from qrag_retriever.rotary import q_at, rotate
+from qrag_retriever.scoring import score
 
 FIXTURES = Path(__file__).parents[3] / "shared/fixtures/reference/relative"
 MODES = ["none", "absolute", "relative"]
@@ -92,20 +94,30 @@ def problems(draw):
 # Every way to go about it has to give the same, whatever is fastest for so few chunks.
 ways = st.fixed_dictionaries(
     {
-        "_BLOCK": st.sampled_from([1, 300, scoring._BLOCK]),
+        "BLOCK": st.sampled_from([1, 300, candidate_rows.BLOCK]),
         "_GROUP": st.sampled_from([2, scoring._GROUP]),
-        "_LONG": st.sampled_from([0, scoring._LONG]),
+        "_LONG": st.sampled_from([0, scan._LONG]),
         "_SHORT": st.sampled_from([0, 10**9]),
-        "_SPARSE": st.sampled_from([1, scoring._SPARSE, 1000]),
+        "_SPARSE": st.sampled_from([1, candidate_rows._SPARSE, 1000]),
     }
 )
+
+
+@contextlib.contextmanager
+def going_about_it(way: dict[str, int]) -> Iterator[None]:
+    """Settings of whichever modules have them."""
+    with contextlib.ExitStack() as stack:
+        for module in (candidate_rows, products, scan, scoring, shortlist):
+            if own := {name: value for name, value in way.items() if hasattr(module, name)}:
+                stack.enter_context(mock.patch.multiple(module, **own))
+        yield
 
 
 @settings(max_examples=300, deadline=None)
 @given(problems(), ways, st.sampled_from([10000.0, 50.0]))
 def test_score_is_the_product_with_every_rotated_chunk(problem, way, base):
     states, actions, rows, retrieved, scheme = problem
-    with mock.patch.multiple(scoring, **way):
+    with going_about_it(way):
         q = score(
             *map(torch.from_numpy, (states, actions)), retrieved, scheme, rows=rows, base=base
         )
@@ -181,7 +193,7 @@ def test_never_copies_the_corpus(mode, share, dtype):
     states, actions = torch.randn(2, 256), torch.randn(20_000, 256, dtype=dtype)
     rows = None if share == 1 else np.flatnonzero(random.random(len(actions)) < share)
     scheme = TRUNCATED if mode == "truncated" else PositionScheme(mode)
-    with Largest(actions) as largest, mock.patch.object(scoring, "_BLOCK", 1 << 18):
+    with Largest(actions) as largest, going_about_it({"BLOCK": 1 << 18}):
         score(states, actions, [[7], [1000, 3]], scheme, rows=rows)
     assert 0 < largest.bytes < 4 * actions.numel() * 0.15
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrag_retriever.errors import InvalidInputError, QRAGError
-from qrag_retriever.search import Search, SearchOptions, best_actions
+from qrag_retriever.q_values import best_actions
+from qrag_retriever.search import Search, SearchOptions
 
 
 def q_table(seed: int, n: int, *, by_set: bool):

@@ -9,6 +9,7 @@ import torch
 
 from qrag_retriever.corpus import AllOf, Corpus
 from qrag_retriever.errors import ConfigError, InvalidInputError, VectorStoreError
+from qrag_retriever.q_values import QValues
 from qrag_retriever.rotary import rotate
 from qrag_retriever.vector_stores.kinds import open_store
 from qrag_retriever.vector_stores.probe import score_to_q
@@ -158,17 +159,26 @@ class _StoreCandidates:
         self.n = count if placed else None
 
     def score(
-        self, states: NDArray[np.float32], retrieved: Sequence[Sequence[int]]
-    ) -> NDArray[np.float32]:
-        """Q of the best chunks of each state and of all equal to them, ``-inf`` for all others."""
+        self,
+        states: NDArray[np.float32],
+        retrieved: Sequence[Sequence[int]],
+        *,
+        every: bool = False,  # noqa: ARG002
+    ) -> list[QValues]:
+        """Q of the best chunks of each state and of all equal to them."""
         best = self._found(states, retrieved)
         self._take_in({chunk_id: hit for hits in best for chunk_id, hit in hits.items()})
-        width = max(self._seen, default=-1) + 1
-        q_values = np.full((len(states), width), -np.inf, dtype=np.float32)
-        for row, hits in enumerate(best):
-            for chunk_id, hit in hits.items():
-                q_values[row, self._number_of[chunk_id]] = self._q(hit)
-        return q_values
+        known = [
+            sorted((self._number_of[chunk_id], self._q(hit)) for chunk_id, hit in hits.items())
+            for hits in best
+        ]
+        return [
+            QValues(
+                np.array([q for _, q in pairs], dtype=np.float32),
+                np.array([number for number, _ in pairs], dtype=np.int64),
+            )
+            for pairs in known
+        ]
 
     def chunk(self, number: int) -> Chunk:
         """See `Candidates`."""
