@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qrag_retriever.candidate_rows import BLOCK
 from qrag_retriever.pieces import of_equal_length
-from qrag_retriever.quantized import QuantizedRows, from_parts, in_parts
+from qrag_retriever.quantized import QuantizedRows, in_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -89,8 +89,8 @@ class InBfloat16:
     def __init__(self, vectors: Tensor, counts: Sequence[int]) -> None:
         self._vectors = vectors.bfloat16()
         lengths = (vectors - self._vectors).norm(dim=-1)
-        # the numbers of a row, and each product, are off by 2^-9 of themselves
-        lengths += 1.01 * 2**-8 * vectors.norm(dim=-1)
+        # the numbers of a row, and each product, are off by 2^-8 of themselves
+        lengths += 1.01 * 2**-7 * vectors.norm(dim=-1)
         self.lost = _most(lengths, counts)
 
     def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
@@ -109,21 +109,17 @@ class InBfloat16:
 
 
 class InIntegers:
-    """Rows of 8 bits, not converted.
+    """Rows of 8 bits, not converted, and vectors of 16 bits, or 8 for high powers.
 
     Args:
         vectors: P vectors for each run, ``[R, P, d]``.
         counts: Number of runs of each of the S states.
-        rough: Whether vectors take 8 bits, not 16, whose loss is less than that of the rows.
     """
 
-    lost: Tensor | float = 0.0
-
-    def __init__(self, vectors: Tensor, counts: Sequence[int], *, rough: bool) -> None:
-        self._parts, self._steps = in_parts(vectors, counts, fine=0 if rough else None)
-        if rough:
-            lost = vectors - from_parts(self._parts, self._steps, counts)
-            self.lost = _most(lost.norm(dim=-1), counts)
+    def __init__(self, vectors: Tensor, counts: Sequence[int]) -> None:
+        self._parts, self._steps = in_parts(vectors, counts)
+        # each number of a vector is off by half a step
+        self.lost = self._steps.sum(dim=1) * (0.5 * vectors.shape[-1] ** 0.5)
 
     def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
         """See the module."""

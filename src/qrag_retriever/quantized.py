@@ -89,9 +89,7 @@ class QuantizedRows:
         return products.mul_(steps[:, :, None]).mul_(self.scales).permute(2, 1, 0)
 
 
-def in_parts(
-    vectors: Tensor, counts: Sequence[int], fine: int | None = None
-) -> tuple[Tensor, Tensor]:
+def in_parts(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Vectors in 16 bits, ``step * (255 * high + low)``, or in 8; high and low from -127 to 127.
 
     A product with one of 16 bits is off by about 1e-5 of the lengths of vector and row, much less
@@ -100,34 +98,22 @@ def in_parts(
     Args:
         vectors: P vectors for each run of each state, one state's after the other's, ``[R, P, d]``.
         counts: Number of runs of each of the S states.
-        fine: How many vectors of each run take 16 bits; ``None``: all that a polynomial needs.
 
     Returns:
         Low of all, then high of the first ones, which take 16 bits, int8 ``[R, P + fine, d]``; and
         the step of each state's vectors, ``[S, P]``.
     """
-    fine = _FINE if fine is None else fine
     largest = torch.stack(
         [of_state.abs().amax(dim=(0, 2)) for of_state in torch.split(vectors, list(counts))]
     )
     levels = largest.new_full((vectors.shape[1],), _LARGEST)
-    levels[:fine] *= _PART + 1
+    levels[:_FINE] *= _PART + 1
     steps = (largest / levels).clamp_(min=torch.finfo(torch.float32).tiny)
-    low = (vectors / _for_runs(steps, counts)).round_()
-    high = (low[:, :fine] / _PART).round_()
-    low[:, :fine].sub_(high, alpha=_PART)
-    return torch.cat([low, high], dim=1).to(torch.int8), steps
-
-
-def from_parts(parts: Tensor, steps: Tensor, counts: Sequence[int]) -> Tensor:
-    """The vectors that `in_parts` took apart into 8 bits, with ``fine=0``; ``[R, P, d]``."""
-    return parts * _for_runs(steps, counts)
-
-
-def _for_runs(steps: Tensor, counts: Sequence[int]) -> Tensor:
-    """Each state's steps for each of its runs, ``[R, P, 1]``."""
     runs = torch.tensor(counts, device=steps.device)
-    return steps.repeat_interleave(runs, dim=0)[:, :, None]
+    low = (vectors / steps.repeat_interleave(runs, dim=0)[:, :, None]).round_()
+    high = (low[:, :_FINE] / _PART).round_()
+    low[:, :_FINE].sub_(high, alpha=_PART)
+    return torch.cat([low, high], dim=1).to(torch.int8), steps
 
 
 @functools.cache

@@ -4,7 +4,7 @@ As ``⟨s, R(ρ)a⟩ = ⟨R(-ρ)s, a⟩``, the state is rotated and never the co
 is either constant, and one rotated state serves them all; or it is linear, and Q is a polynomial in
 ρ to within rounding, whose coefficients are again products with a few vectors made from the state.
 So a step costs about what reading the corpus once costs, for several states together; and less
-where a rough Q will do, of a lower degree or from integers of 8 bits, whose error is known.
+where a rough Q will do, of a lower degree or in half the bits, whose error is known.
 """
 
 from __future__ import annotations
@@ -97,14 +97,13 @@ def scan(
     counts = [len(of_state.first) for of_state in runs]
     products: Products = InFloat32(vectors, corpus)
     if corpus.in_integers:
-        products = InIntegers(vectors, counts, rough=rough)
+        products = InIntegers(vectors, counts)
     elif halves:
         products = InBfloat16(vectors, counts)
-    elif nodes == 1:
-        rough = False
-    if rough and nodes > 1:
+    if nodes > 1:
         error += _interpolation_error(states, runs, nodes, base)
-    return Scan(_by_piece(products, nodes, corpus, pieces), error + products.lost, exact=not rough)
+    exact = not (halves or (rough and nodes > 1))
+    return Scan(_by_piece(products, nodes, corpus, pieces), error + products.lost, exact)
 
 
 class Scan(NamedTuple):
@@ -126,7 +125,7 @@ def _rounding(dimension: int) -> float:
     """What is lost to rounding, at most, of a product of vectors of length 1."""
     # torch may have been told to multiply float32 in 8 bits
     coarse = torch.get_float32_matmul_precision() != "highest"
-    return dimension * 2**-22 + (2**-7 if coarse else 0.0)
+    return dimension * 2**-22 + (2**-6 if coarse else 0.0)
 
 
 def _interpolation_error(states: Tensor, runs: Sequence[Runs], nodes: int, base: float) -> Tensor:

@@ -138,12 +138,18 @@ def some_of(found) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "dtype"), [(CONTINUOUS, "float32"), (PositionScheme("none"), "int8")]
+    ("scheme", "dtype"),
+    [
+        (CONTINUOUS, "float32"),
+        (CONTINUOUS, "int8"),
+        (PositionScheme("none"), "float32"),
+        (PositionScheme("none"), "bfloat16"),
+    ],
 )
 def test_few_chunks_are_scored_exactly(scheme, dtype):
     random = np.random.default_rng(0)
     matrix, _, longest = stored(random.normal(size=(20_000, 64)).astype(np.float32), dtype)
-    with processor(integers=True, halves=False):
+    with processor(integers=True, halves=True):
         found = score_best(torch.randn(2, 64), matrix, [[], [5]], scheme, 4, longest=longest)
     assert some_of(found)
     assert all(len(q.values) < 1000 for q in found)
