@@ -4,7 +4,8 @@
 
 Straightforward is what the code released with the paper does: give every chunk its ρ, look up the
 angles, rotate every chunk, multiply, mask what was taken, take the largest. Encoders are left out
-on both sides. Both take turns; medians are compared, and both must choose the same chunk.
+on both sides, and so is the length of the longest embedding, which an index reads once. Both take
+turns; medians are compared, and both must choose the same chunk.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import torch
 from machine import machine, parse_run, report, take_turns
 from torch import Tensor
 
+from qrag_retriever import SearchOptions
 from qrag_retriever.positions import PositionScheme
-from qrag_retriever.scoring import score
+from qrag_retriever.scoring import score_best
+from qrag_retriever.vectors import StoredVectors
 
 SCHEMES = {
     "truncated": PositionScheme("relative", step=20, span=18, endpoint=True, truncate=True),
     "continuous": PositionScheme("relative"),
 }
+# The best chunks that a greedy step looks at, for it reports the next best ones too.
+_BREADTH = SearchOptions(k=1).breadth
 # Positions that the released code has angles for.
 _ANGLES = 1000
 
@@ -57,10 +62,11 @@ def compare(chunks: int, dimension: int, options: argparse.Namespace) -> dict[st
     taken = sorted(random.choice(chunks, options.retrieved, replace=False).tolist())
     table = angles(dimension)
 
+    longest = StoredVectors(actions.numpy()).longest
+
     def step(scheme: PositionScheme) -> int:
-        q = score(state, actions, [taken], scheme)
-        q[:, taken] = -torch.inf
-        return int(q.argmax())
+        (q,) = score_best(state, actions, [taken], scheme, _BREADTH, longest=longest)
+        return q.without(np.array(taken)).best(1)[0]
 
     calls = {
         "straightforward": lambda: straightforward(state[0], actions, taken, table),

@@ -3,10 +3,11 @@
     python examples/benchmarks/scoring.py --json examples/benchmarks/results/scoring.json
     python examples/benchmarks/scoring.py --types float32 bfloat16 int8 --json FILE
 
-The bare scan is that of the float32 matrix, for all storage types. Time: every case and the bare
-scan take turns, and medians are compared. Memory: the process's
-peak resident size (VmHWM, reset through /proc/self/clear_refs, so on Linux only) during the case's
-first call on the whole matrix, less its resident size before; result and all temporaries count.
+The step is a greedy one, which finds the best chunks; the length of the longest embedding, which an
+index reads once, is known. The bare scan is that of the float32 matrix, for all storage types.
+Time: every case and the bare scan take turns, and medians are compared. Memory: the process's peak
+resident size (VmHWM, reset through /proc/self/clear_refs, so on Linux only) during the case's first
+call on the whole matrix, less its resident size before; result and all temporaries count.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ import numpy as np
 import torch
 from machine import parse_run, report, take_turns
 
+from qrag_retriever import SearchOptions
 from qrag_retriever.positions import PositionScheme
-from qrag_retriever.quantized import QuantizedRows
-from qrag_retriever.scoring import score
+from qrag_retriever.scoring import score_best
 from qrag_retriever.vectors import StorageType, StoredVectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from qrag_retriever.scoring import Rows
+    from qrag_retriever.q_values import QValues
 
 SCHEMES = {
     "truncated": PositionScheme("relative", truncate=True),
@@ -39,11 +40,13 @@ SCHEMES = {
 }
 
 
-_FEW = 1000
+_FEW = 10_000
+# The best chunks that a greedy step looks at, for it reports the next best ones too.
+_BREADTH = SearchOptions(k=1).breadth
 
 
 class Case(NamedTuple):
-    """One way to call ``score``."""
+    """One way to call ``score_best``."""
 
     type: str
     positions: str
@@ -56,7 +59,9 @@ def main() -> None:
     options = parse()
     torch.manual_seed(options.seed)
     matrix = torch.randn(options.chunks, options.dimension)
-    stored = {name: StoredVectors.of(matrix.numpy(), name).tensor() for name in options.types}
+    stored = {name: StoredVectors.of(matrix.numpy(), name) for name in options.types}
+    for vectors in stored.values():
+        print(f"{vectors.dtype}: no embedding is longer than {vectors.longest:.2f}")
     cases = [
         Case(name, positions, states, retrieved)
         for name in options.types
@@ -66,7 +71,7 @@ def main() -> None:
     ]
     calls = {case: step(case, stored[case.type], options.seed) for case in cases}
     for case in cases:  # what only the first call of all takes is no part of a step
-        step(case, stored[case.type][:_FEW], options.seed)()
+        step(case, stored[case.type].take(slice(_FEW)), options.seed)()
     memory = {case: peak(call, size(stored[case.type])) for case, call in calls.items()}
     vector = torch.randn(options.dimension)
     times = take_turns({None: lambda: matrix @ vector, **calls}, options.repetitions)
@@ -104,25 +109,24 @@ def parse() -> argparse.Namespace:
     return parse_run(parser, repetitions=11)
 
 
-def step(case: Case, matrix: Rows, seed: int) -> Callable[[], torch.Tensor]:
-    """A call that scores the whole matrix once."""
+def step(case: Case, stored: StoredVectors, seed: int) -> Callable[[], list[QValues]]:
+    """A call that finds the best chunks of the whole matrix once."""
     random = np.random.default_rng(seed)
-    states = torch.randn(case.states, matrix.shape[1])
+    states = torch.randn(case.states, stored.shape[1])
     retrieved = [
-        random.choice(len(matrix), case.retrieved, replace=False).tolist()
+        random.choice(len(stored), case.retrieved, replace=False).tolist()
         for _ in range(case.states)
     ]
-    return lambda: score(states, matrix, retrieved, SCHEMES[case.positions])
+    matrix, longest, scheme = stored.tensor(), stored.longest, SCHEMES[case.positions]
+    return lambda: score_best(states, matrix, retrieved, scheme, _BREADTH, longest=longest)
 
 
-def size(matrix: Rows) -> int:
+def size(stored: StoredVectors) -> int:
     """Bytes of a matrix as it is stored."""
-    if isinstance(matrix, QuantizedRows):
-        return matrix.values.nbytes + matrix.scales.nbytes
-    return matrix.nbytes
+    return stored.values.nbytes + (0 if stored.scales is None else stored.scales.nbytes)
 
 
-def peak(call: Callable[[], torch.Tensor], whole: int) -> float | None:
+def peak(call: Callable[[], object], whole: int) -> float | None:
     """What a call adds to the peak resident size, as a share; ``None`` where it cannot be read."""
     if not Path("/proc/self/clear_refs").exists():
         return None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _GROUP = 32  # states that share a pass over the corpus
-_FEW = 4096  # chunks that are all scored exactly
+_FEW = 8192  # chunks that are all scored exactly
 _EACH = 16  # so many more for each of the best that is needed
 _CLOSE = 0.01  # share of the chunks that may be the best, above which all are scored exactly
 
