@@ -11,9 +11,8 @@ import sys
 import threading
 import warnings
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import yaml
@@ -23,6 +22,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from qrag_retriever.errors import ConfigError, QRAGError
+from qrag_train.arguments import Preset, expanded, judge_model, run_name
 from qrag_train.build import build_module
 from qrag_train.callbacks import (
     AtomicCheckpointIO,
@@ -40,15 +40,12 @@ from qrag_train.data.datamodule import SupportDataModule
 from qrag_train.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lightning.pytorch.loggers import Logger
 
     from qrag_train.validation import ValidatedTrainingModule
 
-Preset = Literal["babilong", "hotpotqa", "musique", "hotpotqa_musique"]
-
-_PRESETS = Path(str(resources.files("qrag_train"))) / "presets"
 _INTERRUPTED = 130
 _MOST_SEED = 2**32 - 1
 # Smaller updates than the paper's, for a small embedder on a CPU.
@@ -172,7 +169,7 @@ class TrainingCLI(LightningCLI):
         if config.preset is not None:
             raise ConfigError("A preset is named on the command line (--preset), not in a file.")
         given = config.output_dir is not None
-        config.output_dir = config.output_dir or str(Path("runs") / _run_name(config))
+        config.output_dir = config.output_dir or str(Path("runs") / run_name(config))
         if self.subcommand == "fit":
             self._enter(config)
         elif given and config.ckpt_path is None:
@@ -201,7 +198,7 @@ class TrainingCLI(LightningCLI):
             now = yaml.safe_load(self._dump())["model"]
             before = self.folder.settings()["model"] if started else now
             in_files = {name for name in now if now[name] != before.get(name)}
-            _judge_model(settings, self.folder.model, self._named | in_files)
+            judge_model(settings, self.folder.model, self._named | in_files)
 
     def _dump(self) -> str:
         parser, config = self._parser(self.subcommand), self.config[self.subcommand]
@@ -369,62 +366,8 @@ def run(
             name: {"description": text, "usage": f"qrag-train {name} [options]"}
             for name, text in TRAINING_COMMANDS.items()
         },
-        args=_expanded(arguments),
+        args=expanded(arguments),
     )
-
-
-def _expanded(arguments: Sequence[str]) -> list[str]:
-    """The arguments with the files that stand behind ``--preset`` and ``--output_dir``.
-
-    A preset goes in front, so that everything else overrides it. A run that is resumed or judged
-    has its own settings unless others are given. Which run that is goes last: a file may name the
-    folder of another one.
-    """
-    command, *others = arguments
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    options.add_argument("--preset")
-    options.add_argument("--output_dir")
-    options.add_argument("--resume", action="store_true")
-    options.add_argument("-c", "--config", action="append", default=[])
-    known, _ = options.parse_known_args(others)
-    files = []
-    if known.preset in get_args(Preset):
-        files.append(_PRESETS / f"{known.preset}.yaml")
-        place = next(i for i, other in enumerate(others) if other.startswith("--preset"))
-        del others[place : place + (1 if "=" in others[place] else 2)]
-    run = []
-    if known.output_dir is not None:
-        run.append(f"--output_dir={known.output_dir}")
-        own = RunFolder(Path(known.output_dir)).settings_file
-        if own.is_file() and not known.config and (known.resume or command != "fit"):
-            files.append(own)
-    if known.resume:
-        run.append("--resume")
-    return [command, *(f"--config={file}" for file in files), *others, *run]
-
-
-def _run_name(config: Any) -> str:
-    """A name for a run: of its own config file, of its training data."""
-    configs = [Path(str(path)) for path in config.config or []]
-    files = [str(path) for path in configs if path.parent != _PRESETS]
-    files += [config.data.train_file] if config.data.train_file else []
-    files += [source.file for source in config.data.train or []]
-    return Path(files[0]).stem if files else "run"
-
-
-def _judge_model(settings: Any, folder: Path, given: Collection[str]) -> None:
-    """Let a command judge a run's best model instead of what the run started from.
-
-    Settings given anew stay: they are for that model, or name another one to judge.
-    """
-    other = "encoder" in given
-    if not other:
-        settings.encoder = str(folder)
-    for name in ("scratch", "positions", "max_steps", "settings"):
-        if name not in given:
-            settings[name] = None
-    if not other:
-        settings.adapt.first_layers, settings.adapt.lora_rank = None, 0
 
 
 def _as_list(value: Any) -> list[Any]:
