@@ -123,9 +123,15 @@ class Scan(NamedTuple):
 
 def _rounding(dimension: int) -> float:
     """What is lost to rounding, at most, of a product of vectors of length 1."""
-    # torch may have been told to multiply float32 in 8 bits
-    coarse = torch.get_float32_matmul_precision() != "highest"
-    return dimension * 2**-22 + (2**-6 if coarse else 0.0)
+    return dimension * 2**-22 + (2**-6 if _in_fewer_bits() else 0.0)
+
+
+def _in_fewer_bits() -> bool:
+    """Whether torch may have been told to multiply float32 in 8 significant bits."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # it was told by torch.backends, about which this says nothing
+        return True
 
 
 def _interpolation_error(states: Tensor, runs: Sequence[Runs], nodes: int, base: float) -> Tensor:

@@ -209,6 +209,16 @@ def test_where_torch_multiplies_float32_in_fewer_bits(precision):
         assert q.without(np.array(taken, dtype=int)).best(4) == np.argsort(-of_all)[:4].tolist()
 
 
+def test_where_torch_does_not_tell_in_how_many_bits_it_multiplies():
+    torch.manual_seed(0)
+    arguments = (torch.randn(2, 64), torch.randn(20_000, 64), [[5], [1, 2]], CONTINUOUS, 4)
+    expected = score_best(*arguments, longest=20.0)
+    refuse = mock.Mock(side_effect=RuntimeError("a mix of the legacy and new APIs"))
+    with mock.patch.object(torch, "get_float32_matmul_precision", refuse):
+        found = score_best(*arguments, longest=20.0)
+    assert [q.best(4) for q in found] == [q.best(4) for q in expected]
+
+
 def test_inside_autocast():
     torch.manual_seed(0)
     arguments = (torch.randn(2, 16), torch.randn(20_000, 16), [[5], [1, 2]], CONTINUOUS, 4)
