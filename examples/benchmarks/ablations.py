@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import training_runs
 import yaml
-from babilong import add_story_options, judge, show, tasks
+from babilong import add_story_options, files_of, judge, show, tasks
 from bench import Results, load
-from machine import report, told
+from machine import made_from, report, told
 from torch import Tensor
 
 from qrag_train.build import build_module
@@ -107,6 +107,7 @@ def main() -> None:
     (task,) = tasks(options)
     background = BackgroundText.from_folder(options.background)
     rows = []
+    models: dict[str, str] = {}
     for variant in options.variants:
         if is_full(variant, options.config):
             print(f"{variant}: {options.config} has that already, so there is nothing to compare")
@@ -118,7 +119,9 @@ def main() -> None:
         rows.append(row)
         print(variant, end=" | ")
         show(row)
-        report(options.json, options.seed, config=options.config.name, variants=rows)
+        models[variant] = model.digest
+        sources = made_from(models, [options.config, *files_of(options)])
+        report(options.json, options.seed, **sources, config=options.config.name, variants=rows)
 
 
 def is_full(variant: str, config: Path) -> bool:

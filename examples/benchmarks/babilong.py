@@ -89,11 +89,11 @@ def main() -> None:
             runs.append(judge(run, model, task, background, options, results))
             show(runs[-1])
         baselines(runs[-1]["budget"], before, task, background, options, results)
-    files = [Path(file) for file in options.questions if Path(file).exists()]
-    files += sorted(options.background.glob("*.txt"))
     names = ", ".join(Path(file).name for file in options.questions)
     plot(results.rows, options.json)  # a reader may fail
-    results.write([*models, before], files, questions=names, runs=runs, facts_left_out=facts)
+    results.write(
+        [*models, before], files_of(options), questions=names, runs=runs, facts_left_out=facts
+    )
 
 
 def parse() -> argparse.Namespace:
@@ -118,6 +118,12 @@ def add_story_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[50, 200, 1200])
     length_options(parser)
     add_options(parser)
+
+
+def files_of(options: argparse.Namespace) -> list[Path]:
+    """The files that `add_story_options` asked for: questions, if there are any, and books."""
+    questions = [Path(file) for file in options.questions if Path(file).exists()]
+    return [*questions, *sorted(options.background.glob("*.txt"))]
 
 
 def facts_in(sentences: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import ablations
 import babilong
 import numpy as np
 import pytest
+from machine import model_digest
 from running import SENTENCES, run, save_model, write_books
 
 from qrag_retriever import QRAGModel, SearchOptions
@@ -182,14 +183,19 @@ def test_ablations_use_the_same_judge(tmp_path, monkeypatch):
     folder = tmp_path / "ablations" / "full"
     folder.mkdir(parents=True)
     (folder / "model").symlink_to(model)
-    file = tmp_path / "a.json"
+    file, config = tmp_path / "a.json", tmp_path / "c.yaml"
+    config.write_text("model: {}")
     run(
-        *(ablations, "--config", tmp_path / "c.yaml", "--folder", folder.parent, "--variants"),
+        *(ablations, "--config", config, "--folder", folder.parent, "--variants"),
         *("full", "--questions", "simulated:1", "--background", write_books(tmp_path)),
         *("--lengths", 12, "--count", 3, "--json", file),
     )
-    (row,) = json.loads(file.read_text())["variants"]
+    results = json.loads(file.read_text())
+    (row,) = results["variants"]
     assert (row["variant"], row["figures"][0]["questions"]) == ("full", 3)
+    assert results["models"] == {"full": model_digest(QRAGModel.from_pretrained(model))}
+    books = [str(path) for path in sorted(tmp_path.rglob("*.txt"))]
+    assert sorted(results["files"]) == sorted([str(config), *books])
 
 
 def test_a_variant_that_the_config_has_is_no_variant(tmp_path):
