@@ -63,6 +63,7 @@ def compare(chunks: int, dimension: int, options: argparse.Namespace) -> dict[st
     table = angles(dimension)
 
     longest = StoredVectors(actions.numpy()).longest
+    longest()
 
     def step(scheme: PositionScheme) -> int:
         (q,) = score_best(state, actions, [taken], scheme, _BREADTH, longest=longest)

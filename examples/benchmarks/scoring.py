@@ -61,7 +61,7 @@ def main() -> None:
     matrix = torch.randn(options.chunks, options.dimension)
     stored = {name: StoredVectors.of(matrix.numpy(), name) for name in options.types}
     for vectors in stored.values():
-        print(f"{vectors.dtype}: no embedding is longer than {vectors.longest:.2f}")
+        print(f"{vectors.dtype}: no embedding is longer than {vectors.longest():.2f}")
     cases = [
         Case(name, positions, states, retrieved)
         for name in options.types

@@ -53,7 +53,10 @@ class Candidates(Protocol):
         Args:
             states: float32.
             retrieved: Numbers of the chunks that each state holds.
-            every: Whether Q of all of them is wanted, not of the best alone, as far as it is known.
+            every: Whether Q of all candidates is wanted, where it is known of all (`complete`).
+
+        Returns:
+            For each state Q of some candidates, among them the best that are not retrieved.
         """
 
     def chunk(self, number: int) -> Chunk:
@@ -145,7 +148,10 @@ class SnapshotCandidates:
         count = self._breadth + len(self.excluded) + max(map(len, retrieved))
         found = map(np.sort, ann.search(states, count, self.rows))
         return [
-            QValues(self.snapshot.vectors.float32(rows) @ state, np.array(self._numbers(rows)))
+            QValues(
+                self.snapshot.vectors.float32(rows) @ state,
+                np.array(self._numbers(rows), dtype=np.int64),
+            )
             for state, rows in zip(states, found, strict=True)
         ]
 

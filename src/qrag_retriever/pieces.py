@@ -32,11 +32,20 @@ class Pieces(NamedTuple):
     start: NDArray[np.float64]
     slope: NDArray[np.float64]
 
-    def groups(self, most_rows: int, most_pieces: int) -> Iterator[slice]:
-        """Consecutive pieces, as many as together do not exceed these limits, but at least one."""
+    def groups(
+        self, most_rows: int, most_pieces: int, at_first: int | None = None
+    ) -> Iterator[slice]:
+        """Consecutive pieces, as many as together do not exceed these limits, but at least one.
+
+        Args:
+            most_rows: Chunks of a group.
+            most_pieces: Pieces of a group.
+            at_first: Chunks of the first group; ``None``: as of the others.
+        """
         first = 0
         while first < len(self.run):
-            limit = np.searchsorted(self.bounds, self.bounds[first] + most_rows, side="right") - 1
+            rows = most_rows if first or at_first is None else min(at_first, most_rows)
+            limit = np.searchsorted(self.bounds, self.bounds[first] + rows, side="right") - 1
             last = max(min(int(limit), first + most_pieces), first + 1)
             yield slice(first, last)
             first = last

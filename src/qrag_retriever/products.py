@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from qrag_retriever.candidate_rows import CandidateRows, Rows
 
-_MANY = 16  # columns from which on to convert rows to 16 bits and multiply them costs less
+_MANY = 16  # columns from which on products in bfloat16 cost less, even if rows are converted
 
 
 class Products(Protocol):
@@ -131,7 +131,7 @@ def worth_bfloat16(corpus: CandidateRows, columns: int) -> bool:
     """Whether to multiply in bfloat16 takes less time than in float32."""
     if corpus.device.type != "cpu" or not _multiplies_bfloat16():
         return False
-    return corpus.dtype == torch.bfloat16 or (corpus.dtype == torch.float32 and columns >= _MANY)
+    return corpus.dtype in (torch.float32, torch.bfloat16) and columns >= _MANY
 
 
 def two_at_least(vectors: Tensor) -> Tensor:

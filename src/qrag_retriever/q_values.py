@@ -47,9 +47,9 @@ class QValues(NamedTuple):
             values[np.isin(self.numbers, numbers)] = -np.inf
         return QValues(values, self.numbers)
 
-    def filled(self, n: int | None) -> NDArray[np.floating[Any]]:
-        """Q of all n candidates, float32 ``[n]``; ``None``: as many as have one here."""
-        if self.numbers is None or n is None:
+    def filled(self, n: int) -> NDArray[np.floating[Any]]:
+        """Q of all n candidates, ``[n]``."""
+        if self.numbers is None:
             return self.values
         q = np.full(n, -np.inf, dtype=np.float32)
         q[self.numbers] = self.values

@@ -41,6 +41,7 @@ _ROUGH = (1.0, 2)
 
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _LONG = 180  # average rows of a narrow piece above which fewer vectors are worth more pieces
+_FIRST = 1 << 13  # chunks of a rough scan's first block, which tells whether it is of use
 _SHORT = 16  # average rows of a piece below which a rotated state for each row costs less
 
 
@@ -67,7 +68,7 @@ def scan(
         InvalidInputError: If a retrieved chunk is not among the candidates.
         ConfigError: If ``d`` is not a multiple of 4 and positions are in use.
     """
-    error = states.norm(dim=1) * _rounding(states.shape[1])
+    error = states.double().norm(dim=1) * _rounding(states.shape[1])
     if scheme.mode == "absolute":
         return Scan(_by_block(states, corpus, base), error)
     constant = scheme.mode == "none" or scheme.truncate
@@ -103,7 +104,8 @@ def scan(
     if nodes > 1:
         error += _interpolation_error(states, runs, nodes, base)
     exact = not (halves or (rough and nodes > 1))
-    return Scan(_by_piece(products, nodes, corpus, pieces), error + products.lost, exact)
+    blocks = _by_piece(products, nodes, corpus, pieces, _FIRST if rough else None)
+    return Scan(blocks, error + products.lost, exact)
 
 
 class Scan(NamedTuple):
@@ -112,8 +114,9 @@ class Scan(NamedTuple):
     Attributes:
         blocks: The number of the first chunk of each block, and Q of its L chunks, ``[L, S]``,
             which may be written to.
-        error: What Q is off by at most for a chunk whose embedding has the length 1; ``[S]``.
-        exact: Whether that is no more than rounding (or less than what rows of 8 bits lost).
+        error: What Q is off by at most for a chunk whose embedding has the length 1; float64
+            ``[S]``.
+        exact: Whether these Q are those of a scan that is not rough.
     """
 
     blocks: Iterator[tuple[int, Tensor]]
@@ -138,18 +141,19 @@ def _interpolation_error(states: Tensor, runs: Sequence[Runs], nodes: int, base:
     """What interpolation is off by at most, by Cauchy's inequality, ``[S]``."""
     widths = torch.tensor([(of_state.last - of_state.first).max() for of_state in runs])
     turned = frequencies(states.shape[1], base) * widths[:, None] / 4
-    lost = 2 / math.factorial(nodes) * turned.to(states) ** nodes
-    pairs = torch.unflatten(states, 1, (2, -1, 2)).square().sum(dim=(1, 3))
+    lost = (2 / math.factorial(nodes) * turned**nodes).to(states.device)
+    pairs = torch.unflatten(states.double(), 1, (2, -1, 2)).square().sum(dim=(1, 3))
     return (pairs * lost.square()).sum(dim=1).sqrt()
 
 
 def _by_piece(
-    products: Products, nodes: int, corpus: CandidateRows, pieces: Pieces
+    products: Products, nodes: int, corpus: CandidateRows, pieces: Pieces, at_first: int | None
 ) -> Iterator[tuple[int, Tensor]]:
     """One product per piece with the vectors of its runs, then one polynomial per chunk."""
     run = torch.from_numpy(pieces.run).to(corpus.device)
     columns = nodes * run.shape[1]
-    for some in pieces.groups(corpus.block_rows(columns), BLOCK // (columns * corpus.width)):
+    most = BLOCK // (columns * corpus.width)
+    for some in pieces.groups(corpus.block_rows(columns), most, at_first):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)
         powers = products(block, edges, run[some])

@@ -16,7 +16,7 @@ from qrag_retriever.scan import Scan, scan
 from qrag_retriever.shortlist import shortlist
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _GROUP = 32  # states that share a pass over the corpus
 _FEW = 8192  # chunks that are all scored exactly
-_EACH = 16  # so many more for each of the best that is needed
-_CLOSE = 0.01  # share of the chunks that may be the best, above which all are scored exactly
+_EACH = 500  # and so many more for each of the best that is needed
+_CLOSE = 0.01  # share of the chunks that may be among the best, above which all are scored exactly
+# Of vectors shorter than this some products are too small for float32 to tell how far off they are.
+_TINY = 1e-15
 
 
 @torch.no_grad()
@@ -87,15 +89,16 @@ def score_best(
     scheme: PositionScheme,
     count: int,
     *,
-    longest: float,
+    longest: Callable[[], float],
     excluded: Sequence[int] = (),
     rows: NDArray[np.int64] | None = None,
     base: float = 10000.0,
 ) -> list[QValues]:
-    """Q of the best chunks for some states: which they are is exact, and so is their Q.
+    """Q of the best chunks for some states.
 
-    All chunks are scored roughly first, with an error that is known; then exactly those that may be
-    among the best.
+    Where that takes less time, all chunks are scored roughly first, with an error that is known,
+    and then exactly those that may be among the best: so they are the same, but for rounding, as if
+    `score` had scored all.
 
     Args:
         states: State embeddings ``[S, d]``.
@@ -103,7 +106,8 @@ def score_best(
         retrieved: As `score`.
         scheme: As `score`.
         count: How many of the best chunks are needed.
-        longest: No row of ``actions`` is longer (in the Euclidean norm).
+        longest: Gives a length (Euclidean norm) that no row of ``actions`` exceeds; called only
+            where it is needed, as it may have to read them all.
         excluded: Candidates that do not count, as retrieved ones do not.
         rows: As `score`.
         base: As `score`.
@@ -120,7 +124,7 @@ def score_best(
         >>> from qrag_retriever.positions import PositionScheme
         >>> actions, scheme = torch.eye(4).repeat(5000, 1), PositionScheme("relative")
         >>> state = torch.tensor([[0.0, 0, 1, 0]])
-        >>> q, = score_best(state, actions, [[2]], scheme, 3, longest=1.0)
+        >>> q, = score_best(state, actions, [[2]], scheme, 3, longest=lambda: 1.0)
         >>> q.best(3)
         [6, 10, 14]
     """
@@ -169,27 +173,43 @@ class _Group(NamedTuple):
         """Write Q of all candidates, ``[S, n]``."""
         self._write(scan(*self), scores)
 
-    def score_best(self, count: int, longest: float, excluded: Sequence[int]) -> Iterator[QValues]:
+    def score_best(
+        self, count: int, longest: Callable[[], float], excluded: Sequence[int]
+    ) -> list[QValues]:
         """Q of the best candidates and perhaps others, see `score_best`."""
-        rough = self.corpus.n > _FEW + _EACH * count
-        found = scan(*self, rough=rough)
-        if not found.exact:
-            unavailable = [[*chunks, *excluded] for chunks in self.retrieved]
-            most = int(_CLOSE * len(self.states) * self.corpus.n)
-            near = shortlist(found.blocks, longest * found.error, count, unavailable, most)
-            if near is not None:
-                return self._score_some(near)
-            found = scan(*self)
+        n = self.corpus.n
+        found = scan(*self, rough=n > _FEW + _EACH * count)
+        if found.exact:
+            return self.score_every(found)
+        lengths = self.states.double().norm(dim=1).clamp(max=longest())
+        error = (found.error * longest()).float().masked_fill(lengths < _TINY, torch.inf)
+        near = shortlist(found.blocks, error, count, self.retrieved, excluded, int(_CLOSE * n))
+        some = {state: own for state, own in enumerate(near) if own is not None}
+        result = dict(zip(some, self.only([*some]).score_some([*some.values()]), strict=True))
+        if others := [state for state in range(len(near)) if state not in some]:
+            rest = self.only(others)
+            result |= zip(others, rest.score_every(scan(*rest)), strict=True)
+        return [result[state] for state in range(len(near))]
+
+    def only(self, states: Sequence[int]) -> _Group:
+        """Some of the states."""
+        retrieved = [self.retrieved[state] for state in states]
+        return self._replace(states=self.states[list(states)], retrieved=retrieved)
+
+    def score_every(self, found: Scan) -> list[QValues]:
+        """Q of all candidates for each state."""
         scores = self.states.new_empty(len(self.states), self.corpus.n)
         self._write(found, scores)
-        return map(QValues, scores.cpu().numpy())
+        return [QValues(of_state) for of_state in scores.cpu().numpy()]
 
     def _write(self, found: Scan, scores: Tensor) -> None:
         for first, q in found.blocks:
             scores[:, first : first + len(q)] = q.T
 
-    def _score_some(self, numbers: Sequence[NDArray[np.int64]]) -> Iterator[QValues]:
+    def score_some(self, numbers: Sequence[NDArray[np.int64]]) -> Iterable[QValues]:
         """Q of some candidates for each state."""
+        if not numbers:
+            return []
         counts = [len(own) for own in numbers]
         owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         places = zip(self.retrieved, numbers, strict=True)

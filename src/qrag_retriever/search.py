@@ -255,7 +255,7 @@ class Search:
         elif count >= self._available:
             stopped = "exhausted"
         kept = beam.q_values
-        if self._keep and picks:
+        if self._keep and self._n is not None and picks:
             kept = (*kept, q.filled(self._n))
         log_probability = beam.log_probability
         if self.options.beams > 1 and count > 0:  # who takes nothing has no rivals
@@ -282,7 +282,9 @@ class Search:
 
 
 def _known(q_values: QValues | NDArray[np.float32]) -> QValues:
-    return q_values if isinstance(q_values, QValues) else QValues(q_values)
+    if isinstance(q_values, QValues):
+        return q_values
+    return QValues(np.asarray(q_values, dtype=np.float32))
 
 
 def _is_number(value: object) -> bool:

@@ -29,6 +29,7 @@ ARRAY_TYPES: dict[str, type[np.generic]] = {
     "int8": np.int8,
 }
 _AT_ONCE = 1 << 16  # rows converted together
+_LONGEST = "_longest"  # what `StoredVectors.longest` keeps
 
 
 def check_storage_type(dtype: object) -> None:
@@ -139,14 +140,16 @@ class StoredVectors:
     def __len__(self) -> int:
         return len(self.values)
 
-    @functools.cached_property
     def longest(self) -> float:
-        """No vector is longer than this, in the Euclidean norm; read once, then kept."""
-        firsts = range(0, len(self), _AT_ONCE // 16)
-        blocks = (self.float32(slice(first, first + _AT_ONCE // 16)) for first in firsts)
-        squares = [np.einsum("nd,nd->n", block, block).max() for block in blocks]
-        # NaN, if there is any; rounded up
-        return float(np.sqrt(np.max(squares, initial=0)) * np.float32(1.0001))
+        """No vector is longer than this, in the Euclidean norm; all are read once to know it."""
+        known: float | None = self.__dict__.get(_LONGEST)
+        if known is None:
+            rows = _AT_ONCE // 16
+            blocks = (self.float32(slice(i, i + rows)) for i in range(0, len(self), rows))
+            squares = [np.einsum("nd,nd->n", b, b, dtype=np.float64).max() for b in blocks]
+            # NaN, if there is any
+            known = self.__dict__[_LONGEST] = float(np.sqrt(np.max(squares, initial=0)))
+        return known
 
     def float32(self, rows: Any = slice(None)) -> NDArray[np.float32]:
         """Vectors in float32, read-only; all of a float32 index without a copy.
@@ -180,7 +183,7 @@ class StoredVectors:
     def take(self, rows: list[int] | slice) -> StoredVectors:
         """The vectors of some rows, in this order."""
         scales = None if self.scales is None else self.scales[rows]
-        return self._no_longer(StoredVectors(self.values[rows], self.dtype, scales))
+        return StoredVectors(self.values[rows], self.dtype, scales)
 
     def replaced(self, rows: list[int], by: StoredVectors) -> StoredVectors:
         """The vectors with some rows replaced by others of the same type."""
@@ -194,7 +197,10 @@ class StoredVectors:
 
     def extended(self, more: StoredVectors) -> StoredVectors:
         """The vectors with more of the same type at the end, in a buffer as `extended` uses."""
-        return self._joined(more, extended)
+        longer = self._joined(more, extended)
+        if _LONGEST in self.__dict__:  # those need not be read again
+            longer.__dict__[_LONGEST] = max(self.longest(), more.longest())
+        return longer
 
     def _joined(
         self,
@@ -204,14 +210,7 @@ class StoredVectors:
         scales = None
         if self.scales is not None and more.scales is not None:
             scales = join(self.scales, more.scales)
-        joined = StoredVectors(join(self.values, more.values), self.dtype, scales)
-        return self._no_longer(joined, more)
-
-    def _no_longer(self, result: StoredVectors, *others: StoredVectors) -> StoredVectors:
-        """Vectors made from these and others, which need not be read again to know the longest."""
-        if "longest" in self.__dict__:
-            result.__dict__["longest"] = max(of.longest for of in (self, *others))
-        return result
+        return StoredVectors(join(self.values, more.values), self.dtype, scales)
 
 
 def checked_vectors(

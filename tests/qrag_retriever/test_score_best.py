@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
@@ -44,7 +45,7 @@ def processor(*, integers: bool, halves: bool):
         yield
 
 
-def stored(actions, dtype: str) -> tuple[torch.Tensor | QuantizedRows, np.ndarray, float]:
+def stored(actions, dtype: str) -> tuple[torch.Tensor | QuantizedRows, np.ndarray, Callable]:
     """A matrix as it is stored, the very numbers it holds, and the length of the longest row."""
     vectors = StoredVectors.of(actions, dtype)
     return vectors.tensor(), vectors.float32(), vectors.longest
@@ -86,7 +87,7 @@ def test_the_best_are_those_of_all(problem, way, short, kind, dtype, data):
     for state, q, of_all, taken in zip(states, found, expected, retrieved, strict=False):
         never = np.array([*taken, *excluded], dtype=np.int64)
         rounding = 3e-5 if dtype == "int8" else 2e-6
-        tolerance = rounding * np.linalg.norm(state) * longest
+        tolerance = rounding * np.linalg.norm(state) * longest()
         best = q.without(never).best(count)
         free = np.setdiff1d(np.arange(n), never)
         assert len(set(best)) == len(best) == min(count, len(free))
@@ -160,17 +161,61 @@ def test_where_nearly_all_chunks_are_as_good_as_the_best_all_are_scored():
     matrix, states = torch.from_numpy(row).repeat(20_000, 1), torch.randn(2, 16)
     for scheme in (CONTINUOUS, PositionScheme("none")):
         with processor(integers=False, halves=True):
-            found = score_best(states, matrix, [[], [3]], scheme, 4, longest=10.0)
+            found = score_best(states, matrix, [[], [3]], scheme, 4, longest=lambda: 10.0)
         expected = score(states, matrix, [[], [3]], scheme)
         assert not some_of(found)
         for q, of_all in zip(found, expected.numpy(), strict=True):
             np.testing.assert_array_equal(q.values, of_all)
 
 
+def test_a_state_of_which_all_chunks_are_equally_good_is_no_matter_to_others():
+    torch.manual_seed(0)
+    states, matrix = torch.randn(3, 64), torch.randn(20_000, 64)
+    states[1] = 0
+    retrieved = [[], [7], [300, 2]]
+    found = score_best(states, matrix, retrieved, CONTINUOUS, 4, longest=lambda: 12.0)
+    assert [q.numbers is None for q in found] == [False, True, False]
+    assert not found[1].values.any()
+    one = [0, 2]
+    expected = score_best(
+        states[one], matrix, [retrieved[i] for i in one], CONTINUOUS, 4, longest=lambda: 12.0
+    )
+    assert [found[i].best(4) for i in one] == [q.best(4) for q in expected]
+
+
+@pytest.mark.parametrize(("of_states", "of_chunks"), [(1, 1e-24), (1e-24, 1), (1e-20, 1e-20)])
+@pytest.mark.parametrize("mode", ["none", "relative"])
+def test_lengths_whose_squares_float32_cannot_hold(mode, of_states, of_chunks):
+    random = np.random.default_rng(0)
+    states = (random.normal(size=(20, 64)) * of_states).astype(np.float32)
+    vectors = StoredVectors((random.normal(size=(20_000, 64)) * of_chunks).astype(np.float32))
+    retrieved, scheme = [[number] for number in range(20)], PositionScheme(mode)
+    arguments = (torch.from_numpy(states), vectors.tensor(), retrieved, scheme)
+    with processor(integers=False, halves=True):
+        found = score_best(*arguments, 4, longest=vectors.longest)
+    assert 0 < vectors.longest() < 20 * of_chunks
+    for q, of_all, own in zip(found, score(*arguments).numpy(), retrieved, strict=True):
+        of_all[own] = -np.inf
+        assert q.without(np.array(own)).best(4) == np.argsort(-of_all)[:4].tolist()
+
+
+def test_the_longest_row_is_asked_for_only_where_it_is_needed():
+    longest = mock.Mock(side_effect=AssertionError)
+    few, many = torch.randn(500, 16), torch.randn(20_000, 16)
+    for matrix, scheme in (
+        (few, CONTINUOUS),
+        (many, TRUNCATED),
+        (many, PositionScheme("absolute")),
+    ):
+        score_best(torch.randn(1, 16), matrix, [[3]], scheme, 4, longest=longest)
+
+
 def test_equal_chunks_come_in_order():
     matrix = torch.eye(16).repeat(1000, 1)
     with processor(integers=False, halves=True):
-        (q,) = score_best(torch.eye(16)[:1], matrix, [[16]], PositionScheme("none"), 3, longest=1.0)
+        (q,) = score_best(
+            torch.eye(16)[:1], matrix, [[16]], PositionScheme("none"), 3, longest=lambda: 1.0
+        )
     assert q.without(np.array([16])).best(4) == [0, 32, 48, 64]
 
 
@@ -199,7 +244,7 @@ def test_where_torch_multiplies_float32_in_fewer_bits(precision):
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        found = score_best(states, matrix, retrieved, CONTINUOUS, 4, longest=20.0)
+        found = score_best(states, matrix, retrieved, CONTINUOUS, 4, longest=lambda: 12.0)
     finally:
         torch.set_float32_matmul_precision(before)
     expected = oracle(states.numpy(), matrix.numpy(), retrieved, CONTINUOUS)
@@ -212,19 +257,19 @@ def test_where_torch_multiplies_float32_in_fewer_bits(precision):
 def test_where_torch_does_not_tell_in_how_many_bits_it_multiplies():
     torch.manual_seed(0)
     arguments = (torch.randn(2, 64), torch.randn(20_000, 64), [[5], [1, 2]], CONTINUOUS, 4)
-    expected = score_best(*arguments, longest=20.0)
+    expected = score_best(*arguments, longest=lambda: 20.0)
     refuse = mock.Mock(side_effect=RuntimeError("a mix of the legacy and new APIs"))
     with mock.patch.object(torch, "get_float32_matmul_precision", refuse):
-        found = score_best(*arguments, longest=20.0)
+        found = score_best(*arguments, longest=lambda: 20.0)
     assert [q.best(4) for q in found] == [q.best(4) for q in expected]
 
 
 def test_inside_autocast():
     torch.manual_seed(0)
     arguments = (torch.randn(2, 16), torch.randn(20_000, 16), [[5], [1, 2]], CONTINUOUS, 4)
-    expected = score_best(*arguments, longest=10.0)
+    expected = score_best(*arguments, longest=lambda: 10.0)
     with torch.autocast("cpu", torch.bfloat16):
-        found = score_best(*arguments, longest=10.0)
+        found = score_best(*arguments, longest=lambda: 10.0)
     for q, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(q.values, other.values)
         np.testing.assert_array_equal(q.numbers, other.numbers)
@@ -234,10 +279,12 @@ def test_q_of_a_chunk_is_the_same_whoever_asks_with_it():
     torch.manual_seed(0)
     states, matrix = torch.randn(5, 64), torch.randn(20_000, 64)
     retrieved = [[number] for number in range(5)]
-    together = score_best(states, matrix, retrieved, CONTINUOUS, 4, longest=20.0)
+    together = score_best(states, matrix, retrieved, CONTINUOUS, 4, longest=lambda: 20.0)
     for number, q in enumerate(together):
         one = slice(number, number + 1)
-        (alone,) = score_best(states[one], matrix, retrieved[one], CONTINUOUS, 4, longest=20.0)
+        (alone,) = score_best(
+            states[one], matrix, retrieved[one], CONTINUOUS, 4, longest=lambda: 20.0
+        )
         best = q.best(4)
         assert alone.best(4) == best
         assert [alone.of(chunk) for chunk in best] == [q.of(chunk) for chunk in best]
@@ -261,7 +308,7 @@ def test_on_a_gpu(scheme):
     torch.manual_seed(0)
     states, matrix, retrieved = torch.randn(3, 16), torch.randn(20_000, 16), [[], [3], [40, 7]]
     on_gpu, here = (
-        score_best(states, where, retrieved, scheme, 4, longest=20.0)
+        score_best(states, where, retrieved, scheme, 4, longest=lambda: 20.0)
         for where in (matrix.cuda(), matrix)
     )
     for q, other in zip(on_gpu, here, strict=True):
@@ -270,16 +317,16 @@ def test_on_a_gpu(scheme):
 
 def test_errors_are_those_of_score():
     with pytest.raises(InvalidInputError, match="do not fit"):
-        score_best(torch.randn(2, 8), torch.randn(5, 8), [[]], CONTINUOUS, 3, longest=1.0)
+        score_best(torch.randn(2, 8), torch.randn(5, 8), [[]], CONTINUOUS, 3, longest=lambda: 1.0)
     with pytest.raises(InvalidInputError, match="retrieved"):
-        score_best(torch.randn(1, 8), torch.randn(5, 8), [[5]], CONTINUOUS, 3, longest=1.0)
+        score_best(torch.randn(1, 8), torch.randn(5, 8), [[5]], CONTINUOUS, 3, longest=lambda: 1.0)
 
 
 def test_without_candidates():
     nothing = np.array([], dtype=np.int64)
     states, matrix = torch.randn(2, 8), torch.randn(5, 8)
-    assert score_best(states[:0], matrix, [], CONTINUOUS, 3, longest=9.0) == []
-    found = score_best(states, matrix, [[], []], CONTINUOUS, 3, longest=9.0, rows=nothing)
+    assert score_best(states[:0], matrix, [], CONTINUOUS, 3, longest=lambda: 9.0) == []
+    found = score_best(states, matrix, [[], []], CONTINUOUS, 3, longest=lambda: 9.0, rows=nothing)
     assert [q.best(3) for q in found] == [[], []]
 
 
@@ -289,12 +336,12 @@ def test_the_longest_vector(dtype):
     vectors[4321] *= 10
     first, more = (StoredVectors.of(part, dtype) for part in (vectors[:4000], vectors[4000:]))
     true = np.linalg.norm(StoredVectors.of(vectors, dtype).float32().astype(np.float64), axis=1)
-    assert true.max() <= StoredVectors.of(vectors, dtype).longest <= 1.001 * true.max()
-    assert true[:4000].max() <= first.longest <= 1.001 * true[:4000].max()
-    assert true.max() <= first.extended(more).longest <= 1.001 * true.max()
-    assert true.max() <= first.replaced(list(range(1000)), more).longest
-    assert first.take([3, 5]).longest >= true[[3, 5]].max()
-    assert StoredVectors.of(vectors[:0], dtype).longest == 0
+    assert true.max() <= StoredVectors.of(vectors, dtype).longest() <= 1.001 * true.max()
+    assert true[:4000].max() <= first.longest() <= 1.001 * true[:4000].max()
+    assert true.max() <= first.extended(more).longest() <= 1.001 * true.max()
+    assert true[4000:].max() <= first.replaced(list(range(1000)), more).longest()
+    assert 1.001 * true[[3, 5]].max() >= first.take([3, 5]).longest() >= true[[3, 5]].max()
+    assert StoredVectors.of(vectors[:0], dtype).longest() == 0
 
 
 def test_bfloat16_needs_a_processor_that_adds_up_in_float32():

@@ -21,6 +21,7 @@ def test_whatever_the_error_the_best_are_listed(data, seed):
     error = random.integers(0, 4, states) / 4
     known = exact + random.integers(-1, 2, (n, states)) * error
     never = [random.permutation(n)[: random.integers(0, n)].tolist() for _ in range(states)]
+    excluded = random.permutation(n)[: random.integers(0, 3)].tolist()
     cuts = np.unique([0, n, *random.integers(0, n, 3)])
     blocks = [
         (int(first), torch.tensor(known[first:last], dtype=torch.float32))
@@ -29,10 +30,9 @@ def test_whatever_the_error_the_best_are_listed(data, seed):
     span = data.draw(st.sampled_from([1, 4, 16]))
     with mock.patch.object(module, "_SPAN", span):
         error_of = torch.tensor(error, dtype=torch.float32)
-        listed = shortlist(blocks, error_of, count, never, most=n * states)
-    assert listed is not None
+        listed = shortlist(blocks, error_of, count, never, excluded, most=n)
     for state in range(states):
-        free = np.setdiff1d(np.arange(n), never[state])
+        free = np.setdiff1d(np.arange(n), [*never[state], *excluded])
         least = np.sort(exact[free, state])[::-1][:count].min(initial=np.inf)
         best = free[exact[free, state] >= least]  # and all that equal the last of them
         assert set(best) <= set(listed[state])
@@ -45,7 +45,26 @@ def test_whatever_the_error_the_best_are_listed(data, seed):
 
 
 def test_too_many_or_an_unknown_error():
-    blocks = [(0, torch.zeros(50, 1))]
-    assert shortlist(blocks, torch.zeros(1), 1, [[]], most=49) is None
-    assert shortlist(blocks, torch.zeros(1), 1, [[3]], most=49) is not None
-    assert shortlist(blocks, torch.tensor([torch.nan]), 1, [[]], most=50) is None
+    def listed(error: float, retrieved: list[int], most: int):
+        return shortlist(
+            [(0, torch.zeros(50, 1))], torch.tensor([float(error)]), 1, [retrieved], [], most
+        )
+
+    assert listed(0, [], 49) == [None]
+    assert listed(torch.nan, [], 50) == [None]
+    (chunks,) = listed(0, [3], 49)
+    assert chunks.tolist() == [0, 1, 2, *range(4, 50)]
+
+
+def test_too_many_for_one_state_are_no_matter_to_others():
+    q = torch.stack([torch.zeros(100), torch.arange(100.0)], dim=1)
+    blocks = [(0, q[:30].clone()), (30, q[30:].clone())]
+    equal, rising = shortlist(blocks, torch.zeros(2), 2, [[], [99]], [98], most=20)
+    assert equal is None
+    assert {96, 97} <= set(rising) <= set(range(80, 98))
+
+
+def test_what_later_blocks_rule_out_is_no_longer_listed():
+    blocks = [(first, torch.arange(first, first + 10.0)[:, None]) for first in range(0, 1000, 10)]
+    (chunks,) = shortlist(blocks, torch.ones(1), 2, [[]], [], most=20)
+    assert set(range(996, 1000)) <= set(chunks) <= set(range(950, 1000))
