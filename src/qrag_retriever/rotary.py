@@ -74,9 +74,8 @@ def phases(positions: Tensor, dimension: int, base: float = 10000.0) -> Tensor:
         )
     # An angle of thousands of radians leaves half precision no correct digit and float32 few.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
-    angles = positions.to(exact)[..., None] * frequencies(dimension, base).to(
-        positions.device, exact
-    )
+    turns = frequencies(dimension, base).to(exact).to(positions.device)
+    angles = positions.to(exact)[..., None] * turns
     return torch.complex(angles.cos(), angles.sin())
 
 

@@ -68,7 +68,7 @@ def scan(
         InvalidInputError: If a retrieved chunk is not among the candidates.
         ConfigError: If ``d`` is not a multiple of 4 and positions are in use.
     """
-    error = states.double().norm(dim=1) * _rounding(states.shape[1])
+    error = _in_float64(states).norm(dim=1) * _rounding(states.shape[1])
     if scheme.mode == "absolute":
         return Scan(_by_block(states, corpus, base), error)
     constant = scheme.mode == "none" or scheme.truncate
@@ -105,7 +105,7 @@ def scan(
         error += _interpolation_error(states, runs, nodes, base)
     exact = not (halves or (rough and nodes > 1))
     blocks = _by_piece(products, nodes, corpus, pieces, _FIRST if rough else None)
-    return Scan(blocks, error + products.lost, exact)
+    return Scan(blocks, error + torch.as_tensor(products.lost).cpu(), exact)
 
 
 class Scan(NamedTuple):
@@ -115,13 +115,18 @@ class Scan(NamedTuple):
         blocks: The number of the first chunk of each block, and Q of its L chunks, ``[L, S]``,
             which may be written to.
         error: What Q is off by at most for a chunk whose embedding has the length 1; float64
-            ``[S]``.
+            ``[S]``, on the CPU.
         exact: Whether these Q are those of a scan that is not rough.
     """
 
     blocks: Iterator[tuple[int, Tensor]]
     error: Tensor
     exact: bool = True
+
+
+def _in_float64(states: Tensor) -> Tensor:
+    """States whose squares are none too small, on the CPU, as not every GPU has this type."""
+    return states.cpu().double()
 
 
 def _rounding(dimension: int) -> float:
@@ -141,8 +146,8 @@ def _interpolation_error(states: Tensor, runs: Sequence[Runs], nodes: int, base:
     """What interpolation is off by at most, by Cauchy's inequality, ``[S]``."""
     widths = torch.tensor([(of_state.last - of_state.first).max() for of_state in runs])
     turned = frequencies(states.shape[1], base) * widths[:, None] / 4
-    lost = (2 / math.factorial(nodes) * turned**nodes).to(states.device)
-    pairs = torch.unflatten(states.double(), 1, (2, -1, 2)).square().sum(dim=(1, 3))
+    lost = 2 / math.factorial(nodes) * turned**nodes
+    pairs = torch.unflatten(_in_float64(states), 1, (2, -1, 2)).square().sum(dim=(1, 3))
     return (pairs * lost.square()).sum(dim=1).sqrt()
 
 

@@ -181,8 +181,9 @@ class _Group(NamedTuple):
         found = scan(*self, rough=n > _FEW + _EACH * count)
         if found.exact:
             return self.score_every(found)
-        lengths = self.states.double().norm(dim=1).clamp(max=longest())
+        lengths = self.states.cpu().double().norm(dim=1).clamp(max=longest())
         error = (found.error * longest()).float().masked_fill(lengths < _TINY, torch.inf)
+        error = error.to(self.states.device)
         near = shortlist(found.blocks, error, count, self.retrieved, excluded, int(_CLOSE * n))
         some = {state: own for state, own in enumerate(near) if own is not None}
         result = dict(zip(some, self.only([*some]).score_some([*some.values()]), strict=True))
