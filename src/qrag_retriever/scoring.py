@@ -122,11 +122,11 @@ def score_best(
 
     Example:
         >>> from qrag_retriever.positions import PositionScheme
-        >>> actions, scheme = torch.eye(4).repeat(5000, 1), PositionScheme("relative")
-        >>> state = torch.tensor([[0.0, 0, 1, 0]])
-        >>> q, = score_best(state, actions, [[2]], scheme, 3, longest=lambda: 1.0)
-        >>> q.best(3)
-        [6, 10, 14]
+        >>> actions = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
+        >>> arguments = (actions[:1], actions, [[2]], PositionScheme("relative"))
+        >>> q, = score_best(*arguments, count=3, longest=lambda: 13.0)
+        >>> q.best(3) == score(*arguments)[0].topk(3).indices.tolist(), len(q.values) < 200
+        (True, True)
     """
     corpus = _candidates(states, actions, retrieved, rows, scheme)
     states = states.to(actions.device, torch.float32)
