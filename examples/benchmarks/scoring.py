@@ -40,7 +40,7 @@ SCHEMES = {
 }
 
 
-_FEW = 10_000
+_FEW = 20_000  # enough for a rough scan
 # The best chunks that a greedy step looks at, for it reports the next best ones too.
 _BREADTH = SearchOptions(k=1).breadth
 

@@ -68,9 +68,8 @@ def scan(
         InvalidInputError: If a retrieved chunk is not among the candidates.
         ConfigError: If ``d`` is not a multiple of 4 and positions are in use.
     """
-    error = _in_float64(states).norm(dim=1) * _rounding(states.shape[1])
     if scheme.mode == "absolute":
-        return Scan(_by_block(states, corpus, base), error)
+        return Scan(_by_block(states, corpus, base))
     constant = scheme.mode == "none" or scheme.truncate
     # pieces are few where the runs of several states begin at the same chunks
     aligned = len(retrieved) > 1 and not constant
@@ -93,7 +92,7 @@ def scan(
     short = _SHORT if nodes == 1 else 3 * _SHORT
     if scheme.mode == "relative" and len(states) * corpus.n < short * len(pieces.run):
         rho = np.stack([scheme.positions(corpus.n, chunks) for chunks in retrieved])
-        return Scan(_by_row(states, corpus, rho, base), error)
+        return Scan(_by_row(states, corpus, rho, base))
     vectors = _coefficients(states, runs, scheme, nodes, base)
     counts = [len(of_state.first) for of_state in runs]
     products: Products = InFloat32(vectors, corpus)
@@ -101,11 +100,13 @@ def scan(
         products = InIntegers(vectors, counts)
     elif halves:
         products = InBfloat16(vectors, counts)
+    if not halves and not (rough and nodes > 1):
+        return Scan(_by_piece(products, nodes, corpus, pieces))
+    wide = states.cpu().double()  # not every GPU has this type, in which no square is too small
+    error = wide.norm(dim=1) * _rounding(states.shape[1]) + torch.as_tensor(products.lost).cpu()
     if nodes > 1:
-        error += _interpolation_error(states, runs, nodes, base)
-    exact = not (halves or (rough and nodes > 1))
-    blocks = _by_piece(products, nodes, corpus, pieces, _FIRST if rough else None)
-    return Scan(blocks, error + torch.as_tensor(products.lost).cpu(), exact)
+        error += _interpolation_error(wide, runs, nodes, base)
+    return Scan(_by_piece(products, nodes, corpus, pieces, at_first=_FIRST), error)
 
 
 class Scan(NamedTuple):
@@ -114,19 +115,12 @@ class Scan(NamedTuple):
     Attributes:
         blocks: The number of the first chunk of each block, and Q of its L chunks, ``[L, S]``,
             which may be written to.
-        error: What Q is off by at most for a chunk whose embedding has the length 1; float64
-            ``[S]``, on the CPU.
-        exact: Whether these Q are those of a scan that is not rough.
+        error: What Q is off by at most for a chunk whose embedding has the length 1, float64
+            ``[S]`` on the CPU; ``None``: these Q are those of a scan that is not rough.
     """
 
     blocks: Iterator[tuple[int, Tensor]]
-    error: Tensor
-    exact: bool = True
-
-
-def _in_float64(states: Tensor) -> Tensor:
-    """States whose squares are none too small, on the CPU, as not every GPU has this type."""
-    return states.cpu().double()
+    error: Tensor | None = None
 
 
 def _rounding(dimension: int) -> float:
@@ -147,12 +141,16 @@ def _interpolation_error(states: Tensor, runs: Sequence[Runs], nodes: int, base:
     widths = torch.tensor([(of_state.last - of_state.first).max() for of_state in runs])
     turned = frequencies(states.shape[1], base) * widths[:, None] / 4
     lost = 2 / math.factorial(nodes) * turned**nodes
-    pairs = torch.unflatten(_in_float64(states), 1, (2, -1, 2)).square().sum(dim=(1, 3))
+    pairs = torch.unflatten(states, 1, (2, -1, 2)).square().sum(dim=(1, 3))
     return (pairs * lost.square()).sum(dim=1).sqrt()
 
 
 def _by_piece(
-    products: Products, nodes: int, corpus: CandidateRows, pieces: Pieces, at_first: int | None
+    products: Products,
+    nodes: int,
+    corpus: CandidateRows,
+    pieces: Pieces,
+    at_first: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """One product per piece with the vectors of its runs, then one polynomial per chunk."""
     run = torch.from_numpy(pieces.run).to(corpus.device)

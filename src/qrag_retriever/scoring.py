@@ -179,10 +179,11 @@ class _Group(NamedTuple):
         """Q of the best candidates and perhaps others, see `score_best`."""
         n = self.corpus.n
         found = scan(*self, rough=n > _FEW + _EACH * count)
-        if found.exact:
+        if found.error is None:
             return self.score_every(found)
-        lengths = self.states.cpu().double().norm(dim=1).clamp(max=longest())
-        error = (found.error * longest()).float().masked_fill(lengths < _TINY, torch.inf)
+        limit = longest()
+        lengths = self.states.cpu().double().norm(dim=1).clamp(max=limit)
+        error = (found.error * limit).float().masked_fill(lengths < _TINY, torch.inf)
         error = error.to(self.states.device)
         near = shortlist(found.blocks, error, count, self.retrieved, excluded, int(_CLOSE * n))
         some = {state: own for state, own in enumerate(near) if own is not None}

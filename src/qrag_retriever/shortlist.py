@@ -43,7 +43,8 @@ def shortlist(
     goes_on = error.isfinite()
     # the highest Q of different spans, hence of different chunks
     highest = torch.full_like(error.expand(count, -1), -torch.inf)
-    listed: tuple[Tensor, ...] = (left_out.chunks[:0], left_out.chunks[:0], error[:0])
+    nothing = torch.empty(0, dtype=torch.int64, device=error.device)
+    listed: tuple[Tensor, ...] = (nothing, nothing, error[:0])
     for first, q in blocks:
         left_out.mark(first, q)
         whole = len(q) - len(q) % _SPAN
@@ -57,8 +58,7 @@ def shortlist(
         least = least.masked_fill(~goes_on, torch.inf)
         new = [_at_least(least, *span) for span in spans]
         numbers, state, values = (
-            torch.cat([old.to(q.device), *columns])
-            for old, *columns in zip(listed, *new, strict=True)
+            torch.cat([old, *columns]) for old, *columns in zip(listed, *new, strict=True)
         )
         close = values >= least[state]
         listed = (numbers[close], state[close], values[close])
@@ -87,16 +87,16 @@ class _LeftOut:
         owner = torch.arange(len(retrieved)).repeat_interleave(
             torch.tensor([len(own) for own in retrieved], dtype=torch.int64)
         )
-        self.chunks, order = chunks.sort()
+        self._chunks, order = chunks.sort()
         self._owner = owner[order]
         self._excluded = torch.tensor(np.sort(np.asarray(excluded, dtype=np.int64)))
 
     def mark(self, first: int, q: Tensor) -> None:
         """Let Q of these chunks, in a block, be less than any other."""
         ends = torch.tensor([first, first + len(q)])
-        low, high = torch.searchsorted(self.chunks, ends).tolist()
+        low, high = torch.searchsorted(self._chunks, ends).tolist()
         if low < high:
-            q[self.chunks[low:high] - first, self._owner[low:high]] = -torch.inf
+            q[self._chunks[low:high] - first, self._owner[low:high]] = -torch.inf
         low, high = torch.searchsorted(self._excluded, ends).tolist()
         if low < high:
             q[self._excluded[low:high] - first] = -torch.inf
