@@ -5,7 +5,7 @@ import re
 from importlib.resources import files
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qrag_retriever.errors import DatasetError
@@ -217,11 +217,14 @@ changes = st.dictionaries(
 
 @pytest.mark.parametrize("name", SCHEMAS)
 @given(changes=changes, dropped=st.sets(st.sampled_from(["id", "question", "support", "text"])))
+@example(changes={"chunks": ["", "a"]}, dropped=set())
 def test_schema_and_reader_accept_the_same_lines(name, changes, dropped):
     fields, good = SCHEMAS[name]
     line = {key: value for key, value in good.items() if key not in dropped} | changes
     _, wrong = _parsed(json.dumps(line), fields)
-    assert accepts(schema(name), line) == (not wrong)
+    # of blank chunks the reader tells later, with their numbers
+    blank = not wrong and name == "documents" and not all(map(str.strip, line["chunks"]))
+    assert accepts(schema(name), line) == (not wrong and not blank)
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
