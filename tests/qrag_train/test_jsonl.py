@@ -63,6 +63,7 @@ def test_lines_end_at_line_feeds_only_and_a_byte_order_mark_is_skipped(tmp_path)
         ({**DOCUMENT, "chunks": "text"}, "'chunks' is"),
         ({**DOCUMENT, "chunks": [1]}, "'chunks' is"),
         ({**DOCUMENT, "question": " \n"}, "'question' is .*not blank"),
+        ({**DOCUMENT, "chunks": ["a", " ", "c"]}, "chunk 1 is blank"),
         ({**DOCUMENT, "id": 1}, "'id' is 1; give a string"),
         ({**DOCUMENT, "answer": 5}, "'answer' is 5; give a string or null"),
         ({**DOCUMENT, "metadata": []}, "'metadata' is"),
