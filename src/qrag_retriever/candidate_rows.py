@@ -47,7 +47,7 @@ class CandidateRows:
     def block_rows(self, columns: int) -> int:
         """How many rows to read at a time where each of them fills so many temporary columns."""
         if self.in_integers:
-            columns *= 8  # two parts of each, as integers and as numbers
+            columns *= 4  # two parts of each, as integers and as numbers
         elif isinstance(self.actions, QuantizedRows):
             columns *= 2  # of a quarter of the memory, half the blocks are not too large a share
         # some of the rows may have to be copied

@@ -1,8 +1,8 @@
 """Products of rows with a few vectors for each piece of the corpus, in float32 or less.
 
 Each way is called with a block of L rows, the places in it where its G pieces begin and the last
-ends, and for S states the number of the run each piece lies in, ``[G, S]``. It gives the products
-of the rows with the P vectors of these runs, float32 ``[L, P, S]``.
+ends, and P vectors of each of S states for each piece, ``[G, P, S, d]``. It gives the products of
+the rows with the vectors of their piece, float32 ``[L, P, S]``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qrag_retriever.candidate_rows import BLOCK
 from qrag_retriever.pieces import of_equal_length
-from qrag_retriever.quantized import QuantizedRows, in_parts
+from qrag_retriever.quantized import QuantizedRows, in_parts, steps_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
@@ -34,32 +34,30 @@ class Products(Protocol):
 
     Attributes:
         lost: What the products with a row of length 1 are off by at most, besides rounding to
-            float32, all P of a run together; ``[S]``.
+            float32, all P of a piece together; ``[S]``.
     """
 
     @property
-    def lost(self) -> Tensor | float: ...  # noqa: D102
+    def lost(self) -> Tensor: ...  # noqa: D102
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor: ...  # noqa: D102
+    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor: ...  # noqa: D102
 
 
 class InFloat32:
     """Rows of any type, converted if they are not in float32.
 
     Args:
-        vectors: P vectors for each run, ``[R, P, d]``.
         corpus: What the rows are of.
     """
 
-    lost = 0.0
+    lost = torch.zeros(())
 
-    def __init__(self, vectors: Tensor, corpus: CandidateRows) -> None:
-        self._vectors = vectors
+    def __init__(self, corpus: CandidateRows) -> None:
         self._corpus = corpus
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
         """See the module."""
-        columns = two_at_least(_of_runs(self._vectors, run))
+        columns = two_at_least(vectors.flatten(1, 2))
         products = columns.new_empty(len(block), columns.shape[1])
         if isinstance(block, Tensor) and block.dtype == torch.float32:
             # pieces of equal length at once: a thread takes whole ones
@@ -74,29 +72,26 @@ class InFloat32:
                 torch.mm(self._corpus.converted(numbers[first:last]), c.T, out=products[first:last])
         if isinstance(block, QuantizedRows):  # fewer products than rows have numbers
             products.mul_(block.scales[:, None])
-        shape = (self._vectors.shape[1], run.shape[1])
-        return torch.unflatten(products[:, : shape[0] * shape[1]], 1, shape)
+        products = products[:, : vectors.shape[1] * vectors.shape[2]]
+        return torch.unflatten(products, 1, vectors.shape[1:3])
 
 
 class InBfloat16:
     """Rows of float32 or bfloat16 in bfloat16, on processors that multiply it.
 
     Args:
-        vectors: P vectors for each run, ``[R, P, d]``.
-        counts: Number of runs of each of the S states.
+        states: The vectors, which are the same for every piece, ``[S, d]``.
     """
 
-    def __init__(self, vectors: Tensor, counts: Sequence[int]) -> None:
-        self._vectors = vectors.bfloat16()
-        lengths = (vectors - self._vectors).norm(dim=-1)
+    def __init__(self, states: Tensor) -> None:
         # the numbers of a row, and each product, are off by 2^-8 of themselves
-        lengths += 1.01 * 2**-7 * vectors.norm(dim=-1)
-        self.lost = _most(lengths, counts)
+        of_rows = 1.01 * 2**-7 * states.norm(dim=1)
+        self.lost = of_rows + (states - states.bfloat16()).norm(dim=1)
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
         """See the module."""
         assert isinstance(block, Tensor)
-        columns = _of_runs(self._vectors, run)
+        columns = vectors.flatten(1, 2).bfloat16()
         products = columns.new_empty(len(block), columns.shape[1])
         for equal in of_equal_length(np.diff(edges)):
             length = int(edges[equal.start + 1] - edges[equal.start])
@@ -105,26 +100,26 @@ class InBfloat16:
                 out = torch.unflatten(products[rows], 0, shape)
                 numbers = torch.unflatten(block[rows].bfloat16(), 0, shape)
                 torch.bmm(numbers, columns[some].mT, out=out)
-        return torch.unflatten(products.float(), 1, (self._vectors.shape[1], run.shape[1]))
+        return torch.unflatten(products.float(), 1, vectors.shape[1:3])
 
 
 class InIntegers:
     """Rows of 8 bits, not converted, and vectors of 16 bits, or 8 for high powers.
 
     Args:
-        vectors: P vectors for each run, ``[R, P, d]``.
-        counts: Number of runs of each of the S states.
+        largest: What no number of a vector exceeds, ``[P, S]``.
+        dimension: d.
     """
 
-    def __init__(self, vectors: Tensor, counts: Sequence[int]) -> None:
-        self._parts, self._steps = in_parts(vectors, counts)
+    def __init__(self, largest: Tensor, dimension: int) -> None:
+        self._steps = steps_for(largest)
         # each number of a vector is off by half a step
-        self.lost = self._steps.sum(dim=1) * (0.5 * vectors.shape[-1] ** 0.5)
+        self.lost = self._steps.sum(dim=0) * (0.5 * dimension**0.5)
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
         """See the module."""
         assert isinstance(block, QuantizedRows)
-        return block.products(edges, self._parts[run], self._steps)
+        return block.products(edges, in_parts(vectors, self._steps), self._steps)
 
 
 def worth_bfloat16(corpus: CandidateRows, columns: int) -> bool:
@@ -142,12 +137,6 @@ def two_at_least(vectors: Tensor) -> Tensor:
     return vectors if vectors.shape[-2] > 1 else torch.cat([vectors, vectors], dim=-2)
 
 
-def _of_runs(vectors: Tensor, run: Tensor) -> Tensor:
-    """The vectors for each piece, ``[G, P · S, d]``."""
-    order = torch.arange(vectors.shape[1], device=run.device)[:, None]
-    return vectors[run[:, None], order].flatten(1, 2)
-
-
 def _rows_of(pieces: slice, edges: NDArray[np.int64]) -> tuple[slice, tuple[int, int]]:
     """The rows of pieces of equal length, and the shape that takes them apart."""
     return slice(edges[pieces.start], edges[pieces.stop]), (pieces.stop - pieces.start, -1)
@@ -156,11 +145,6 @@ def _rows_of(pieces: slice, edges: NDArray[np.int64]) -> tuple[slice, tuple[int,
 def _parts(whole: slice, most: int) -> Iterator[slice]:
     for first in range(whole.start, whole.stop, most):
         yield slice(first, min(first + most, whole.stop))
-
-
-def _most(lengths: Tensor, counts: Sequence[int]) -> Tensor:
-    """The most that all vectors of a run together have, of the runs of each state: ``[S]``."""
-    return torch.stack([one.max() for one in torch.split(lengths.sum(dim=1), list(counts))])
 
 
 @functools.cache

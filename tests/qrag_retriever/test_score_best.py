@@ -101,14 +101,16 @@ def test_the_best_are_those_of_all(problem, way, short, kind, dtype, data):
 
 
 @settings(max_examples=200, deadline=None)
-@given(problems(), processors, st.sampled_from(TYPES), st.sampled_from([0, 0, 1]))
-def test_a_rough_q_is_off_by_no_more_than_it_says(problem, kind, dtype, highest):
+@given(problems(), processors, st.sampled_from(TYPES), st.booleans(), st.sampled_from([0, 0, 1]))
+def test_a_rough_q_is_off_by_no_more_than_it_says(problem, kind, dtype, narrow, highest):
     states, actions, rows, retrieved, scheme = problem
     if highest:  # all components turn at the highest frequency, where interpolation is worst
         states, actions = states[:, :4].copy(), actions[:, :4].copy()
         states[:, 2:] = 0
     matrix, exact, _ = stored(actions, dtype)
-    with going_about_it({"_SHORT": 0}), processor(**kind):
+    long = 0 if narrow else 10**9
+    way = {"_SHORT": 0, "_ROUGHLY_LONG": long, "_QUANTIZED_LONG": long}
+    with going_about_it(way), processor(**kind):
         corpus = CandidateRows(matrix, rows, turned=scheme.mode == "absolute")
         if not corpus.n:
             return
@@ -120,6 +122,26 @@ def test_a_rough_q_is_off_by_no_more_than_it_says(problem, kind, dtype, highest)
     bound = error.numpy()[:, None] * np.linalg.norm(chosen, axis=1)
     assert (np.abs(q - oracle(states, chosen, retrieved, scheme)) <= bound).all()
     assert (error <= 0.1 * lengths).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("long", [0, 10**9])
+@pytest.mark.parametrize("retrieved", [[[100]], [[], [1000, 1003]]])
+def test_a_rough_q_may_be_off_by_as_much_as_it_says(dtype, long, retrieved):
+    random = np.random.default_rng(0)
+    states, actions = (
+        random.normal(size=(n, 4)).astype(np.float32) for n in (len(retrieved), 4000)
+    )
+    states[:, 2:] = 0  # all components turn at the highest frequency
+    matrix, exact, _ = stored(actions, dtype)
+    way = {"_ROUGHLY_LONG": long, "_QUANTIZED_LONG": long}
+    with going_about_it(way), processor(integers=True, halves=False):
+        corpus = CandidateRows(matrix, None, turned=False)
+        found = scan(torch.from_numpy(states), corpus, retrieved, CONTINUOUS, 10000.0, rough=True)
+        q = torch.cat([block for _, block in found.blocks]).T.double().numpy()
+    off = np.abs(q - oracle(states, exact, retrieved, CONTINUOUS)) / np.linalg.norm(exact, axis=1)
+    assert (off.max(axis=1) <= found.error.numpy()).all()
+    assert (off.max(axis=1) > 0.8 * found.error.numpy()).all()
 
 
 @pytest.mark.parametrize("scheme", [CONTINUOUS, TRUNCATED, *map(PositionScheme, MODES[:2])])
@@ -281,12 +303,13 @@ def test_q_of_a_chunk_is_the_same_whoever_asks_with_it():
     torch.manual_seed(0)
     states, matrix = torch.randn(5, 64), torch.randn(20_000, 64)
     retrieved = [[number] for number in range(5)]
-    together = score_best(states, matrix, retrieved, CONTINUOUS, 4, longest=lambda: 20.0)
+    together = score_best(states, matrix, retrieved, CONTINUOUS, 4, longest=lambda: 12.0)
     for number, q in enumerate(together):
         one = slice(number, number + 1)
         (alone,) = score_best(
-            states[one], matrix, retrieved[one], CONTINUOUS, 4, longest=lambda: 20.0
+            states[one], matrix, retrieved[one], CONTINUOUS, 4, longest=lambda: 12.0
         )
+        assert some_of([alone, q])
         best = q.best(4)
         assert alone.best(4) == best
         assert [alone.of(chunk) for chunk in best] == [q.of(chunk) for chunk in best]

@@ -97,6 +97,8 @@ ways = st.fixed_dictionaries(
         "BLOCK": st.sampled_from([1, 300, candidate_rows.BLOCK]),
         "_GROUP": st.sampled_from([2, scoring._GROUP]),
         "_LONG": st.sampled_from([0, scan._LONG]),
+        "_ROUGHLY_LONG": st.sampled_from([0, scan._ROUGHLY_LONG]),
+        "_QUANTIZED_LONG": st.sampled_from([0, scan._QUANTIZED_LONG]),
         "_SHORT": st.sampled_from([0, 10**9]),
         "_SPARSE": st.sampled_from([1, candidate_rows._SPARSE, 1000]),
     }
