@@ -46,7 +46,7 @@ _ROUGHLY_WIDE = (1.0, 2)
 
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _LONG = 180  # average rows of a narrow piece above which fewer vectors are worth more pieces
-_ROUGHLY_LONG = 120
+_ROUGHLY_LONG = 150
 _QUANTIZED_LONG = 300  # of rows of 8 bits, where rough is enough
 _FIRST = 1 << 13  # chunks of a rough scan's first block, which tells whether it is of use
 _SHORT = 16  # average rows of a piece below which a rotated state for each row costs less
@@ -129,12 +129,14 @@ def _runs(
         width, nodes = _QUANTIZED
         return cut(width), nodes
     width, nodes = _ROUGHLY_NARROW if rough else _NARROW
-    runs = cut(width)
     long = _QUANTIZED_LONG if corpus.in_integers else _ROUGHLY_LONG if rough else _LONG
-    if corpus.n < long * len(begins(runs)):
-        width, nodes = _ROUGHLY_WIDE if rough else _WIDE
+    of_one_state = scheme.span * (1 + max(map(len, retrieved))) / width
+    if corpus.n >= long * of_one_state:  # otherwise to cut takes time and is in vain
         runs = cut(width)
-    return runs, nodes
+        if corpus.n >= long * len(begins(runs)):
+            return runs, nodes
+    width, nodes = _ROUGHLY_WIDE if rough else _WIDE
+    return cut(width), nodes
 
 
 class Scan(NamedTuple):
