@@ -1,8 +1,8 @@
 """Products of rows with a few vectors for each piece of the corpus, in float32 or less.
 
-Each way is called with a block of L rows, the places in it where its G pieces begin and the last
-ends, and P vectors of each of S states for each piece, ``[G, P, S, d]``. It gives the products of
-the rows with the vectors of their piece, float32 ``[L, P, S]``.
+Each way is called with a block of L rows, the places in it where its pieces begin and the last
+ends, and which pieces of all these are. It gives the products of the rows with the P vectors of
+their piece for each of S states, float32 ``[L, P, S]``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qrag_retriever.candidate_rows import BLOCK
 from qrag_retriever.pieces import of_equal_length
-from qrag_retriever.quantized import QuantizedRows, in_parts, steps_for
+from qrag_retriever.quantized import QuantizedRows, steps_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from qrag_retriever.candidate_rows import CandidateRows, Rows
+    from qrag_retriever.vectors_of_pieces import VectorsOfPieces
 
 _MANY = 16  # columns from which on products in bfloat16 cost less, even if rows are converted
 
@@ -40,31 +41,34 @@ class Products(Protocol):
     @property
     def lost(self) -> Tensor: ...  # noqa: D102
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor: ...  # noqa: D102
+    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor: ...  # noqa: D102
 
 
 class InFloat32:
     """Rows of any type, converted if they are not in float32.
 
     Args:
+        vectors: Those of all pieces.
         corpus: What the rows are of.
     """
 
     lost = torch.zeros(())
 
-    def __init__(self, corpus: CandidateRows) -> None:
+    def __init__(self, vectors: VectorsOfPieces, corpus: CandidateRows) -> None:
+        self._vectors = vectors
         self._corpus = corpus
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor:
         """See the module."""
+        vectors = self._vectors(some)
         columns = two_at_least(vectors.flatten(1, 2))
         products = columns.new_empty(len(block), columns.shape[1])
         if isinstance(block, Tensor) and block.dtype == torch.float32:
             # pieces of equal length at once: a thread takes whole ones
-            for some in of_equal_length(np.diff(edges)):
-                rows, shape = _rows_of(some, edges)
+            for equal in of_equal_length(np.diff(edges)):
+                rows, shape = _rows_of(equal, edges)
                 out = torch.unflatten(products[rows], 0, shape)
-                torch.bmm(torch.unflatten(block[rows], 0, shape), columns[some].mT, out=out)
+                torch.bmm(torch.unflatten(block[rows], 0, shape), columns[equal].mT, out=out)
         else:
             numbers = block.values if isinstance(block, QuantizedRows) else block
             # piece by piece: what was just converted is still in the cache when it is multiplied
@@ -80,26 +84,29 @@ class InBfloat16:
     """Rows of float32 or bfloat16 in bfloat16, on processors that multiply it.
 
     Args:
-        states: The vectors, which are the same for every piece, ``[S, d]``.
+        vectors: Those of all pieces.
+        states: What these are for every piece, ``[S, d]``.
     """
 
-    def __init__(self, states: Tensor) -> None:
+    def __init__(self, vectors: VectorsOfPieces, states: Tensor) -> None:
+        self._vectors = vectors
         # the numbers of a row, and each product, are off by 2^-8 of themselves
         of_rows = 1.01 * 2**-7 * states.norm(dim=1)
         self.lost = of_rows + (states - states.bfloat16()).norm(dim=1)
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor:
         """See the module."""
         assert isinstance(block, Tensor)
+        vectors = self._vectors(some)
         columns = vectors.flatten(1, 2).bfloat16()
         products = columns.new_empty(len(block), columns.shape[1])
         for equal in of_equal_length(np.diff(edges)):
             length = int(edges[equal.start + 1] - edges[equal.start])
-            for some in _parts(equal, max(1, BLOCK // (length * block.shape[1]))):
-                rows, shape = _rows_of(some, edges)
+            for part in _parts(equal, max(1, BLOCK // (length * block.shape[1]))):
+                rows, shape = _rows_of(part, edges)
                 out = torch.unflatten(products[rows], 0, shape)
                 numbers = torch.unflatten(block[rows].bfloat16(), 0, shape)
-                torch.bmm(numbers, columns[some].mT, out=out)
+                torch.bmm(numbers, columns[part].mT, out=out)
         return torch.unflatten(products.float(), 1, vectors.shape[1:3])
 
 
@@ -107,19 +114,20 @@ class InIntegers:
     """Rows of 8 bits, not converted, and vectors of 16 bits, or 8 for high powers.
 
     Args:
-        largest: What no number of a vector exceeds, ``[P, S]``.
+        vectors: Those of all pieces.
         dimension: d.
     """
 
-    def __init__(self, largest: Tensor, dimension: int) -> None:
-        self._steps = steps_for(largest)
+    def __init__(self, vectors: VectorsOfPieces, dimension: int) -> None:
+        self._steps = steps_for(vectors.largest())
+        self._parts = vectors.in_parts(self._steps)
         # each number of a vector is off by half a step
         self.lost = self._steps.sum(dim=0) * (0.5 * dimension**0.5)
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], vectors: Tensor) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor:
         """See the module."""
         assert isinstance(block, QuantizedRows)
-        return block.products(edges, in_parts(vectors, self._steps), self._steps)
+        return block.products(edges, self._parts(some), self._steps)
 
 
 def worth_bfloat16(corpus: CandidateRows, columns: int) -> bool:

@@ -109,12 +109,12 @@ def in_parts(vectors: Tensor, steps: Tensor) -> Tensor:
 
     Args:
         vectors: P vectors of S states for each of G stretches, ``[G, P, S, d]``.
-        steps: As `steps_for` gives them, ``[P, S]``.
+        steps: As `steps_for` gives them, ``[P, S]`` or ``[G, P, S]``.
 
     Returns:
         Low of all, then high of the first ones, which take 16 bits, int8 ``[G, P + fine, S, d]``.
     """
-    low = (vectors / steps[:, :, None]).round_()
+    low = (vectors / steps[..., None]).round_()
     high = (low[:, :_FINE] / _PART).round_()
     low[:, :_FINE].sub_(high, alpha=_PART)
     return torch.cat([low, high], dim=1).to(torch.int8)

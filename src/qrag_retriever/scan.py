@@ -93,19 +93,19 @@ def scan(
         vectors = RotatedStates(states, pieces.middles(runs), base)
     else:
         vectors = Coefficients(states, runs, pieces, scheme.mode, nodes, base)
-    products: Products = InFloat32(corpus)
+    products: Products = InFloat32(vectors, corpus)
     if corpus.in_integers:
-        products = InIntegers(vectors.largest(), corpus.width)
+        products = InIntegers(vectors, corpus.width)
     elif halves:
-        products = InBfloat16(states)
+        products = InBfloat16(vectors, states)
     if not halves and (constant or not rough):
-        return Scan(_by_piece(products, vectors, corpus, pieces))
+        return Scan(_by_piece(products, nodes, corpus, pieces))
     wide = states.cpu().double()  # not every GPU has this type, in which no square is too small
     rounding = _rounding(states.shape[1]) + vectors.lost
     error = wide.norm(dim=1) * rounding + products.lost.cpu()
     if not constant:
         error += _interpolation_error(wide, runs, nodes, base)
-    return Scan(_by_piece(products, vectors, corpus, pieces, at_first=_FIRST), error)
+    return Scan(_by_piece(products, nodes, corpus, pieces, at_first=_FIRST), error)
 
 
 def _runs(
@@ -177,22 +177,22 @@ def _interpolation_error(states: Tensor, runs: Sequence[Runs], nodes: int, base:
 
 def _by_piece(
     products: Products,
-    vectors: VectorsOfPieces,
+    nodes: int,
     corpus: CandidateRows,
     pieces: Pieces,
     at_first: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """One product per piece with its vectors, then one polynomial per chunk."""
-    columns = vectors.nodes * pieces.run.shape[1]
+    columns = nodes * pieces.run.shape[1]
     most = BLOCK // (columns * corpus.width)
     for some in pieces.groups(corpus.block_rows(columns), most, at_first):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)
-        powers = products(block, edges, vectors(some))
+        powers = products(block, edges, some)
         if places is not None:
             powers = powers[places]
         q = powers[:, -1]
-        if vectors.nodes > 1:
+        if nodes > 1:
             t = pieces.t(some, like=q)
             for coefficient in reversed(powers[:, :-1].unbind(1)):
                 q = torch.addcmul(coefficient, q, t)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qrag_retriever.quantized import in_parts
 from qrag_retriever.rotary import frequencies, phases, rotate, turn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
@@ -23,12 +24,8 @@ class VectorsOfPieces(Protocol):
     """P vectors of each of S states for each piece.
 
     Attributes:
-        nodes: P.
         lost: What is lost to rounding, at most, for a state and a chunk of length 1.
     """
-
-    @property
-    def nodes(self) -> int: ...  # noqa: D102
 
     @property
     def lost(self) -> float: ...  # noqa: D102
@@ -39,12 +36,17 @@ class VectorsOfPieces(Protocol):
     def largest(self) -> Tensor:
         """What no number of a vector exceeds, ``[P, S]``."""
 
+    def in_parts(self, steps: Tensor) -> Callable[[slice], Tensor]:
+        """Of some pieces the same as integers, see `quantized.in_parts`, with steps ``[P, S]``."""
+
 
 class Coefficients:
     """The vectors whose products with a chunk are the coefficients of Q as a polynomial in t.
 
     They are the same for all pieces of a run. One node suffices for constant ρ.
     """
+
+    lost = 0.0
 
     def __init__(
         self,
@@ -55,22 +57,30 @@ class Coefficients:
         nodes: int,
         base: float,
     ) -> None:
-        self._counts = [len(of_state.first) for of_state in runs]
         self._run = torch.from_numpy(pieces.run).to(states.device)[:, None]
-        self._order = torch.arange(nodes, device=states.device)[:, None]
-        self.nodes, self.lost = nodes, 0.0
-        owner = np.repeat(np.arange(len(runs)), self._counts)
-        states = states[torch.from_numpy(owner).to(states.device), None]
-        self._vectors = states if mode == "none" else _coefficients(states, runs, nodes, base)
+        counts = [len(of_state.first) for of_state in runs]
+        self._owner = torch.from_numpy(np.repeat(np.arange(len(runs)), counts)).to(states.device)
+        of_runs = states[self._owner, None]
+        self._vectors = of_runs if mode == "none" else _coefficients(of_runs, runs, nodes, base)
 
     def __call__(self, some: slice) -> Tensor:
         """See `VectorsOfPieces`."""
-        return self._vectors[self._run[some], self._order]
+        return self._of_pieces(self._vectors, some)
 
     def largest(self) -> Tensor:
         """See `VectorsOfPieces`."""
-        of_states = torch.split(self._vectors, self._counts)
+        of_states = torch.split(self._vectors, self._owner.bincount().tolist())
         return torch.stack([own.abs().amax(dim=(0, 2)) for own in of_states], dim=1)
+
+    def in_parts(self, steps: Tensor) -> Callable[[slice], Tensor]:
+        """See `VectorsOfPieces`."""
+        of_runs = steps[:, self._owner].T
+        parts = in_parts(self._vectors[:, :, None], of_runs[:, :, None])[:, :, 0]
+        return lambda some: self._of_pieces(parts, some)
+
+    def _of_pieces(self, of_runs: Tensor, some: slice) -> Tensor:
+        order = torch.arange(of_runs.shape[1], device=of_runs.device)[:, None]
+        return of_runs[self._run[some], order]
 
 
 class RotatedStates:
@@ -81,8 +91,6 @@ class RotatedStates:
         positions: ρ of each piece for each state, ``[G, S]``.
         base: Base of the rotation frequencies.
     """
-
-    nodes = 1
 
     def __init__(self, states: Tensor, positions: NDArray[np.float64], base: float) -> None:
         self._states = states
@@ -100,6 +108,10 @@ class RotatedStates:
         pairs = torch.unflatten(self._states, 1, (-1, 2))
         largest: Tensor = torch.linalg.vector_norm(pairs, dim=2).amax(dim=1)
         return largest[None]
+
+    def in_parts(self, steps: Tensor) -> Callable[[slice], Tensor]:
+        """See `VectorsOfPieces`."""
+        return lambda some: in_parts(self(some), steps)
 
 
 def _coefficients(states: Tensor, runs: Sequence[Runs], nodes: int, base: float) -> Tensor:
