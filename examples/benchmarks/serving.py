@@ -64,7 +64,8 @@ def make(
     """A retriever over made-up chunks, and queries."""
     settings: Any = POSITIONS[positions]
     mode: Any = "none" if positions == "none" else "relative"
-    model = QRAGModel.from_encoder(options.model, mode, **settings)
+    # with such an alpha no beam is ever dropped: the most that several cost
+    model = QRAGModel.from_encoder(options.model, mode, alpha=1000.0, **settings)
     random = np.random.default_rng(options.seed)
     vectors = random.standard_normal((chunks, model.dimension), dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -76,9 +77,10 @@ def make(
 
 @contextlib.contextmanager
 def ready_made(model: QRAGModel, seed: int) -> Iterator[None]:
-    """State vectors that cost nothing."""
+    """State vectors that cost nothing, of length 1 as the encoder's."""
     random = np.random.default_rng(seed)
     vectors = random.standard_normal((256, model.dimension), dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 
     def encode(states: Any) -> np.ndarray:
         return vectors[

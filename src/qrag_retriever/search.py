@@ -27,6 +27,8 @@ StopReason = Literal["budget", "threshold", "exhausted"]
 # The soft policy chooses among so many of the best actions, as in training.
 _TOP_ACTIONS = 5
 
+_ROUNDING = 1e-9  # of log-probabilities
+
 
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
@@ -198,7 +200,20 @@ class Search:
         by_set: dict[frozenset[int], Beam] = {}
         for beam in pool:  # two orders that lead to the same set are one beam
             by_set.setdefault(frozenset(beam.retrieved), beam)
-        self._beams = list(by_set.values())[: self.options.beams]
+        self._beams = self._that_may_lead(list(by_set.values())[: self.options.beams])
+
+    def _that_may_lead(self, beams: list[Beam]) -> list[Beam]:
+        """All but those that will be behind another one whatever they find, and so cost in vain.
+
+        The most probable of R actions has a probability of at least 1 / R, and none of more than 1.
+        """
+        rivals = self.options.rivals + (self.options.q_threshold is not None)
+        at_least = max(
+            beam.log_probability
+            - (0 if beam.stopped else (self.options.k - len(beam.picks)) * math.log(rivals))
+            for beam in beams
+        )
+        return [beam for beam in beams if not beam.log_probability < at_least - _ROUNDING]
 
     def _expand(self, beam: Beam, q_values: QValues) -> list[Beam]:
         options = self.options

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import ann
+import beams
 import compare
 import encoding
 import numpy as np
@@ -102,6 +103,22 @@ def test_approximate_search(tmp_path):
     run(ann, *own, "--repetitions", 1, "--json", file)
     written = json.loads(file.read_text())
     assert (written["chunks"], written["queries"]) == (30, 10)
+
+
+def test_beams_beside_the_greedy_search(tmp_path):
+    model, questions, file = save_model(tmp_path), write_hotpotqa(tmp_path), tmp_path / "b.json"
+    run(beams, model, questions, "--format", "hotpotqa", "--beams", 1, 3, "--json", file)
+    rows = json.loads(file.read_text())["figures"]
+    plain = QRAGModel.from_pretrained(model)
+    searches = [(threshold, count) for threshold in (None, 0.5) for count in (1, 3)]
+    assert [(row["q_threshold"], row["beams"]) for row in rows] == searches
+    for row, (threshold, count) in zip(rows, searches, strict=True):
+        options = SearchOptions(2, q_threshold=threshold, beams=count)
+        scores = evaluate(plain, read_hotpotqa(questions), options)
+        assert row["fact_em"] == pytest.approx(scores["fact_em"], abs=1e-4)
+    assert [row["times_as_long"] for row in rows[::2]] == [1, 1]
+    greedy, several = rows[:2]
+    assert greedy["states_per_question"] == 2 < several["states_per_question"] <= 4
 
 
 def test_storage_types_are_judged_on_what_they_keep(tmp_path, monkeypatch):

@@ -131,6 +131,70 @@ def test_several_chunks_at_once_are_as_probable_as_one_after_the_other():
     assert at_once.best.log_probability == pytest.approx(in_turn.best.log_probability)
 
 
+def all_beams(n, k, q_values, alpha, threshold, beams) -> tuple[tuple[int, ...], float]:
+    """The best of a beam search that follows every beam to its end."""
+    going: list[tuple[float, tuple[int, ...], bool]] = [(0.0, (), False)]
+    while not all(ended for _, _, ended in going):
+        pool = []
+        for score, order, ended in going:
+            if ended:
+                pool.append((score, order, True))
+                continue
+            q = q_values(order).astype(np.float64)
+            free = sorted(set(range(n)) - set(order), key=lambda i, q=q: (-q[i], i))
+            rivals = free[: max(beams, 5)]
+            worth = [q[i] for i in rivals] + ([] if threshold is None else [threshold])
+            log_sum = float(np.logaddexp.reduce(np.array(worth) / alpha))
+            good = [i for i in rivals[:beams] if threshold is None or q[i] >= threshold]
+            if not good:
+                stops = threshold / alpha - log_sum if order else 0.0
+                pool.append((score + stops, order, True))
+            for i in good:
+                own = (*order, i)
+                pool.append((score + q[i] / alpha - log_sum, own, len(own) == min(k, n)))
+        pool.sort(key=lambda beam: -beam[0])
+        sets = {frozenset(order): beam for beam in reversed(pool) for order in [beam[1]]}
+        going = [beam for beam in pool if sets[frozenset(beam[1])] is beam][:beams]
+    return going[0][1], going[0][0]
+
+
+@settings(max_examples=300)
+@given(
+    seed=st.integers(0, 10**6),
+    n=st.integers(2, 9),
+    k=st.integers(1, 5),
+    beams=st.integers(2, 5),
+    alpha=st.sampled_from([0.02, 0.2, 0.6, 2.0]),
+    threshold=st.one_of(st.none(), st.floats(-1, 1.5)),
+    by_set=st.booleans(),
+)
+def test_beams_that_are_dropped_change_nothing(seed, n, k, beams, alpha, threshold, by_set):
+    q_values = q_table(seed, n, by_set=by_set)
+    options = SearchOptions(k=k, beams=beams, q_threshold=threshold)
+    best = run(n, options, q_values, alpha=alpha).best
+    order, score = all_beams(n, k, q_values, alpha, threshold, beams)
+    assert best.retrieved == order
+    assert best.log_probability == pytest.approx(score, abs=1e-4)
+
+
+def test_beams_that_cannot_lead_any_more_are_dropped():
+    search = Search(9, SearchOptions(k=3, beams=5), alpha=0.1)
+    search.advance(np.arange(9, dtype=np.float32)[None] / 100)
+    assert len(search.states) == 5
+    sure, unsure = np.array([[9] + 8 * [0], 9 * [0]], dtype=np.float32)
+    search.advance([sure if state == (8,) else unsure for state in search.states])
+    assert search.states == [(8, 0)]
+
+
+def test_a_search_ends_when_the_leading_beam_does():
+    table = {(): [0.9, 0.8, 0.1], (0,): [0.0, 0.1, 0.0], (1,): [0.0, 0.0, 0.7]}
+    search = Search(3, SearchOptions(k=3, beams=2, q_threshold=0.5))
+    for _ in range(2):
+        search.advance(np.array([table[state] for state in search.states], dtype=np.float32))
+    assert search.done
+    assert (search.best.retrieved, search.best.stopped) == ((0,), "threshold")
+
+
 @given(seed=st.integers(0, 999), beams=st.integers(1, 4), n=st.integers(1, 7))
 def test_no_two_beams_hold_the_same_set(seed, beams, n):
     search = Search(n, SearchOptions(k=4, beams=beams))
@@ -324,5 +388,5 @@ def test_q_equal_to_the_threshold_is_enough(settings: Any, taken: set[int]) -> N
 
 def test_the_first_step_begins_as_many_beams_as_asked_for() -> None:
     search = Search(9, SearchOptions(k=3, beams=5, runners_up=0))
-    search.advance(np.arange(9, dtype=np.float32)[None])
+    search.advance(np.arange(9, dtype=np.float32)[None] / 1000)
     assert len(search.states) == 5
