@@ -39,6 +39,7 @@ class CandidateRows:
         self.width = actions.shape[1]
         self.dtype = actions.dtype
         self.device = actions.device
+        self.as_float32 = actions.dtype == torch.float32
         self._converted: Tensor | None = None
         as_stored = isinstance(actions, QuantizedRows) and not turned
         # a GPU multiplies integers in some shapes alone
@@ -60,7 +61,7 @@ class CandidateRows:
             columns: As `block_rows`.
             converted: Whether they are converted to another type than float32.
         """
-        as_stored = self.in_integers or self.dtype == torch.float32
+        as_stored = self.in_integers or self.as_float32
         most = self.block_rows(columns)
         if as_stored and not converted:
             return most

@@ -47,7 +47,8 @@ _ROUGHLY_WIDE = (1.0, 2)
 # Set by measurement (examples/benchmarks/scoring.py); they change the time and memory taken only.
 _LONG = 180  # average rows of a narrow piece above which fewer vectors are worth more pieces
 _ROUGHLY_LONG = 150
-_QUANTIZED_LONG = 300  # of rows of 8 bits, where rough is enough
+_QUANTIZED_LONG = 300  # of rows of 8 bits that are multiplied as they are
+_CONVERTED_LONG = 1000  # of rows that are converted piece by piece
 _FIRST = 1 << 13  # chunks of a rough scan's first block, which tells whether it is of use
 _SHORT = 16  # average rows of a piece below which a rotated state for each row costs less
 
@@ -129,7 +130,9 @@ def _runs(
         width, nodes = _QUANTIZED
         return cut(width), nodes
     width, nodes = _ROUGHLY_NARROW if rough else _NARROW
-    long = _QUANTIZED_LONG if corpus.in_integers else _ROUGHLY_LONG if rough else _LONG
+    long = _ROUGHLY_LONG if rough else _LONG
+    if rough and not corpus.as_float32:
+        long = _QUANTIZED_LONG if corpus.in_integers else _CONVERTED_LONG
     of_one_state = scheme.span * (1 + max(map(len, retrieved))) / width
     if corpus.n >= long * of_one_state:  # otherwise to cut takes time and is in vain
         runs = cut(width)

@@ -31,6 +31,7 @@ from qrag_retriever.scan import scan
 from qrag_retriever.scoring import score, score_best
 from qrag_retriever.vectors import StoredVectors
 
+LONG = ("_ROUGHLY_LONG", "_QUANTIZED_LONG", "_CONVERTED_LONG")
 TYPES = ["float32", "bfloat16", "float16", "int8"]
 
 
@@ -109,7 +110,7 @@ def test_a_rough_q_is_off_by_no_more_than_it_says(problem, kind, dtype, narrow, 
         states[:, 2:] = 0
     matrix, exact, _ = stored(actions, dtype)
     long = 0 if narrow else 10**9
-    way = {"_SHORT": 0, "_ROUGHLY_LONG": long, "_QUANTIZED_LONG": long}
+    way = {"_SHORT": 0, **dict.fromkeys(LONG, long)}
     with going_about_it(way), processor(**kind):
         corpus = CandidateRows(matrix, rows, turned=scheme.mode == "absolute")
         if not corpus.n:
@@ -124,7 +125,7 @@ def test_a_rough_q_is_off_by_no_more_than_it_says(problem, kind, dtype, narrow, 
     assert (error <= 0.1 * lengths).all()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("long", [0, 10**9])
 @pytest.mark.parametrize("retrieved", [[[100]], [[], [1000, 1003]]])
 def test_a_rough_q_may_be_off_by_as_much_as_it_says(dtype, long, retrieved):
@@ -134,8 +135,7 @@ def test_a_rough_q_may_be_off_by_as_much_as_it_says(dtype, long, retrieved):
     )
     states[:, 2:] = 0  # all components turn at the highest frequency
     matrix, exact, _ = stored(actions, dtype)
-    way = {"_ROUGHLY_LONG": long, "_QUANTIZED_LONG": long}
-    with going_about_it(way), processor(integers=True, halves=False):
+    with going_about_it(dict.fromkeys(LONG, long)), processor(integers=True, halves=False):
         corpus = CandidateRows(matrix, None, turned=False)
         found = scan(torch.from_numpy(states), corpus, retrieved, CONTINUOUS, 10000.0, rough=True)
         q = torch.cat([block for _, block in found.blocks]).T.double().numpy()

@@ -99,6 +99,7 @@ ways = st.fixed_dictionaries(
         "_LONG": st.sampled_from([0, scan._LONG]),
         "_ROUGHLY_LONG": st.sampled_from([0, scan._ROUGHLY_LONG]),
         "_QUANTIZED_LONG": st.sampled_from([0, scan._QUANTIZED_LONG]),
+        "_CONVERTED_LONG": st.sampled_from([0, scan._CONVERTED_LONG]),
         "_SHORT": st.sampled_from([0, 10**9]),
         "_SPARSE": st.sampled_from([1, candidate_rows._SPARSE, 1000]),
     }
