@@ -1,4 +1,4 @@
-"""What several beams find and cost, beside the greedy search, on the same questions.
+"""What several beams find and cost, beside the first number of beams, on the same questions.
 
     python examples/benchmarks/beams.py MODEL FILE --format hotpotqa --json OUT
     python examples/benchmarks/beams.py MODEL QA2.txt --format babilong \
@@ -51,8 +51,9 @@ def main() -> None:
     for row in rows:
         print(*(f"{name}: {value}" for name, value in row.items()), sep="  ")
     if options.json:
+        read = [Path(options.file)] if Path(options.file).is_file() else []
         books = sorted(Path(options.background).glob("*.txt")) if options.background else []
-        sources = made_from({options.model: model_digest(model)}, [Path(options.file), *books])
+        sources = made_from({options.model: model_digest(model)}, [*read, *books])
         report(options.json, options.seed, **sources, figures=rows)
 
 
@@ -121,7 +122,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--format", default="jsonl", choices=get_args(Format))
     parser.add_argument("--background", help="for babilong: a folder of books")
     parser.add_argument("--sentences", type=int, default=1200, help="of a babilong document")
-    parser.add_argument("--beams", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument(
+        "--beams", type=int, nargs="+", default=[1, 2, 4], help="the others beside the first"
+    )
     parser.add_argument("--questions", type=int, default=100, help="at most")
     parser.add_argument("--steps", type=int, help="default: the model's")
     return parse_run(parser)

@@ -50,16 +50,6 @@ class Pieces(NamedTuple):
             yield slice(first, last)
             first = last
 
-    def middles(self, runs: Sequence[Runs]) -> NDArray[np.float64]:
-        """ρ in the middle of each piece for each state, whose runs these are: ``[G, S]``."""
-        first, last = (
-            np.concatenate([getattr(of_state, end) for of_state in runs])[self.run]
-            for end in ("first", "last")
-        )
-        t = self.start + self.slope * (np.diff(self.bounds)[:, None] - 1) / 2
-        middles: NDArray[np.float64] = (first + last + t * (last - first)) / 2
-        return middles
-
     def t(self, some: slice, like: Tensor) -> Tensor:
         """Where in its run each chunk of some pieces lies, for each state: ``[L, S]``."""
         bounds = self.bounds[some.start : some.stop + 1]

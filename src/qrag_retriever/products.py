@@ -1,8 +1,8 @@
 """Products of rows with a few vectors for each piece of the corpus, in float32 or less.
 
-Each way is called with a block of L rows, the places in it where its pieces begin and the last
-ends, and which pieces of all these are. It gives the products of the rows with the P vectors of
-their piece for each of S states, float32 ``[L, P, S]``.
+Each way is called with a block of L rows, the places in it where its G pieces begin and the last
+ends, and for S states the number of the run each piece lies in, ``[G, S]``. It gives the products
+of the rows with the P vectors of these runs, float32 ``[L, P, S]``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from torch import Tensor
 
 from qrag_retriever.candidate_rows import BLOCK
 from qrag_retriever.pieces import of_equal_length
-from qrag_retriever.quantized import QuantizedRows, steps_for
+from qrag_retriever.quantized import QuantizedRows, in_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
     from qrag_retriever.candidate_rows import CandidateRows, Rows
-    from qrag_retriever.vectors_of_pieces import VectorsOfPieces
 
 _MANY = 16  # columns from which on products in bfloat16 cost less, even if rows are converted
 
@@ -35,40 +34,39 @@ class Products(Protocol):
 
     Attributes:
         lost: What the products with a row of length 1 are off by at most, besides rounding to
-            float32, all P of a piece together; ``[S]``.
+            float32, all P of a run together; ``[S]``.
     """
 
     @property
-    def lost(self) -> Tensor: ...  # noqa: D102
+    def lost(self) -> Tensor | float: ...  # noqa: D102
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor: ...  # noqa: D102
+    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor: ...  # noqa: D102
 
 
 class InFloat32:
     """Rows of any type, converted if they are not in float32.
 
     Args:
-        vectors: Those of all pieces.
+        vectors: P vectors for each run, ``[R, P, d]``.
         corpus: What the rows are of.
     """
 
-    lost = torch.zeros(())
+    lost = 0.0
 
-    def __init__(self, vectors: VectorsOfPieces, corpus: CandidateRows) -> None:
+    def __init__(self, vectors: Tensor, corpus: CandidateRows) -> None:
         self._vectors = vectors
         self._corpus = corpus
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
         """See the module."""
-        vectors = self._vectors(some)
-        columns = two_at_least(vectors.flatten(1, 2))
+        columns = two_at_least(_of_runs(self._vectors, run))
         products = columns.new_empty(len(block), columns.shape[1])
         if isinstance(block, Tensor) and block.dtype == torch.float32:
             # pieces of equal length at once: a thread takes whole ones
-            for equal in of_equal_length(np.diff(edges)):
-                rows, shape = _rows_of(equal, edges)
+            for some in of_equal_length(np.diff(edges)):
+                rows, shape = _rows_of(some, edges)
                 out = torch.unflatten(products[rows], 0, shape)
-                torch.bmm(torch.unflatten(block[rows], 0, shape), columns[equal].mT, out=out)
+                torch.bmm(torch.unflatten(block[rows], 0, shape), columns[some].mT, out=out)
         else:
             numbers = block.values if isinstance(block, QuantizedRows) else block
             # piece by piece: what was just converted is still in the cache when it is multiplied
@@ -76,58 +74,57 @@ class InFloat32:
                 torch.mm(self._corpus.converted(numbers[first:last]), c.T, out=products[first:last])
         if isinstance(block, QuantizedRows):  # fewer products than rows have numbers
             products.mul_(block.scales[:, None])
-        products = products[:, : vectors.shape[1] * vectors.shape[2]]
-        return torch.unflatten(products, 1, vectors.shape[1:3])
+        shape = (self._vectors.shape[1], run.shape[1])
+        return torch.unflatten(products[:, : shape[0] * shape[1]], 1, shape)
 
 
 class InBfloat16:
     """Rows of float32 or bfloat16 in bfloat16, on processors that multiply it.
 
     Args:
-        vectors: Those of all pieces.
-        states: What these are for every piece, ``[S, d]``.
+        vectors: P vectors for each run, ``[R, P, d]``.
+        counts: Number of runs of each of the S states.
     """
 
-    def __init__(self, vectors: VectorsOfPieces, states: Tensor) -> None:
-        self._vectors = vectors
+    def __init__(self, vectors: Tensor, counts: Sequence[int]) -> None:
+        self._vectors = vectors.bfloat16()
+        lengths = (vectors - self._vectors).norm(dim=-1)
         # the numbers of a row, and each product, are off by 2^-8 of themselves
-        of_rows = 1.01 * 2**-7 * states.norm(dim=1)
-        self.lost = of_rows + (states - states.bfloat16()).norm(dim=1)
+        lengths += 1.01 * 2**-7 * vectors.norm(dim=-1)
+        self.lost = _most(lengths, counts)
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
         """See the module."""
         assert isinstance(block, Tensor)
-        vectors = self._vectors(some)
-        columns = vectors.flatten(1, 2).bfloat16()
+        columns = _of_runs(self._vectors, run)
         products = columns.new_empty(len(block), columns.shape[1])
         for equal in of_equal_length(np.diff(edges)):
             length = int(edges[equal.start + 1] - edges[equal.start])
-            for part in _parts(equal, max(1, BLOCK // (length * block.shape[1]))):
-                rows, shape = _rows_of(part, edges)
+            for some in _parts(equal, max(1, BLOCK // (length * block.shape[1]))):
+                rows, shape = _rows_of(some, edges)
                 out = torch.unflatten(products[rows], 0, shape)
                 numbers = torch.unflatten(block[rows].bfloat16(), 0, shape)
-                torch.bmm(numbers, columns[part].mT, out=out)
-        return torch.unflatten(products.float(), 1, vectors.shape[1:3])
+                torch.bmm(numbers, columns[some].mT, out=out)
+        return torch.unflatten(products.float(), 1, (self._vectors.shape[1], run.shape[1]))
 
 
 class InIntegers:
     """Rows of 8 bits, not converted, and vectors of 16 bits, or 8 for high powers.
 
     Args:
-        vectors: Those of all pieces.
-        dimension: d.
+        vectors: P vectors for each run, ``[R, P, d]``.
+        counts: Number of runs of each of the S states.
     """
 
-    def __init__(self, vectors: VectorsOfPieces, dimension: int) -> None:
-        self._steps = steps_for(vectors.largest())
-        self._parts = vectors.in_parts(self._steps)
+    def __init__(self, vectors: Tensor, counts: Sequence[int]) -> None:
+        self._parts, self._steps = in_parts(vectors, counts)
         # each number of a vector is off by half a step
-        self.lost = self._steps.sum(dim=0) * (0.5 * dimension**0.5)
+        self.lost = self._steps.sum(dim=1) * (0.5 * vectors.shape[-1] ** 0.5)
 
-    def __call__(self, block: Rows, edges: NDArray[np.int64], some: slice) -> Tensor:
+    def __call__(self, block: Rows, edges: NDArray[np.int64], run: Tensor) -> Tensor:
         """See the module."""
         assert isinstance(block, QuantizedRows)
-        return block.products(edges, self._parts(some), self._steps)
+        return block.products(edges, self._parts[run], self._steps)
 
 
 def worth_bfloat16(corpus: CandidateRows, columns: int) -> bool:
@@ -145,6 +142,12 @@ def two_at_least(vectors: Tensor) -> Tensor:
     return vectors if vectors.shape[-2] > 1 else torch.cat([vectors, vectors], dim=-2)
 
 
+def _of_runs(vectors: Tensor, run: Tensor) -> Tensor:
+    """The vectors for each piece, ``[G, P · S, d]``."""
+    order = torch.arange(vectors.shape[1], device=run.device)[:, None]
+    return vectors[run[:, None], order].flatten(1, 2)
+
+
 def _rows_of(pieces: slice, edges: NDArray[np.int64]) -> tuple[slice, tuple[int, int]]:
     """The rows of pieces of equal length, and the shape that takes them apart."""
     return slice(edges[pieces.start], edges[pieces.stop]), (pieces.stop - pieces.start, -1)
@@ -153,6 +156,11 @@ def _rows_of(pieces: slice, edges: NDArray[np.int64]) -> tuple[slice, tuple[int,
 def _parts(whole: slice, most: int) -> Iterator[slice]:
     for first in range(whole.start, whole.stop, most):
         yield slice(first, min(first + most, whole.stop))
+
+
+def _most(lengths: Tensor, counts: Sequence[int]) -> Tensor:
+    """The most that all vectors of a run together have, of the runs of each state: ``[S]``."""
+    return torch.stack([one.max() for one in torch.split(lengths.sum(dim=1), list(counts))])
 
 
 @functools.cache

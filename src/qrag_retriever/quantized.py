@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
 _LARGEST = 127
@@ -70,8 +72,8 @@ class QuantizedRows:
         Args:
             edges: Stretch ``g`` is the rows ``edges[g]`` up to ``edges[g + 1]``, ``[G + 1]``.
             parts: P vectors of S states for each stretch, as `in_parts` gives them,
-                ``[G, P + fine, S, d]``.
-            steps: The steps that belong to them, ``[P, S]``.
+                ``[G, S, P + fine, d]``.
+            steps: The steps that belong to them, ``[S, P]``.
 
         Returns:
             float32 ``[M, P, S]``.
@@ -82,42 +84,36 @@ class QuantizedRows:
             dim=1,
         )
         numbers = torch.unflatten(sums.float(), 0, parts.shape[1:3])
-        products, high = numbers.tensor_split([len(steps)])
-        products[: len(high)].add_(high, alpha=_PART)
-        return products.mul_(steps[:, :, None]).mul_(self.scales).permute(2, 0, 1)
+        products, high = numbers.tensor_split([steps.shape[1]], dim=1)
+        products[:, : high.shape[1]].add_(high, alpha=_PART)
+        return products.mul_(steps[:, :, None]).mul_(self.scales).permute(2, 1, 0)
 
 
-def steps_for(largest: Tensor) -> Tensor:
-    """The steps with which `in_parts` has bits enough for vectors.
-
-    Args:
-        largest: What no number of a vector exceeds, ``[P, S]``.
-
-    Returns:
-        ``[P, S]``.
-    """
-    levels = largest.new_full((len(largest), 1), _LARGEST)
-    levels[:_FINE] *= _PART + 1
-    return (largest / levels).clamp_(min=torch.finfo(torch.float32).tiny)
-
-
-def in_parts(vectors: Tensor, steps: Tensor) -> Tensor:
+def in_parts(vectors: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Vectors in 16 bits, ``step * (255 * high + low)``, or in 8; high and low from -127 to 127.
 
     A product with one of 16 bits is off by about 1e-5 of the lengths of vector and row, much less
     than what rows of 8 bits lost when they were quantised.
 
     Args:
-        vectors: P vectors of S states for each of G stretches, ``[G, P, S, d]``.
-        steps: As `steps_for` gives them, ``[P, S]`` or ``[G, P, S]``.
+        vectors: P vectors for each run of each state, one state's after the other's, ``[R, P, d]``.
+        counts: Number of runs of each of the S states.
 
     Returns:
-        Low of all, then high of the first ones, which take 16 bits, int8 ``[G, P + fine, S, d]``.
+        Low of all, then high of the first ones, which take 16 bits, int8 ``[R, P + fine, d]``; and
+        the step of each state's vectors, ``[S, P]``.
     """
-    low = (vectors / steps[..., None]).round_()
+    largest = torch.stack(
+        [of_state.abs().amax(dim=(0, 2)) for of_state in torch.split(vectors, list(counts))]
+    )
+    levels = largest.new_full((vectors.shape[1],), _LARGEST)
+    levels[:_FINE] *= _PART + 1
+    steps = (largest / levels).clamp_(min=torch.finfo(torch.float32).tiny)
+    runs = torch.tensor(counts, device=steps.device)
+    low = (vectors / steps.repeat_interleave(runs, dim=0)[:, :, None]).round_()
     high = (low[:, :_FINE] / _PART).round_()
     low[:, :_FINE].sub_(high, alpha=_PART)
-    return torch.cat([low, high], dim=1).to(torch.int8)
+    return torch.cat([low, high], dim=1).to(torch.int8), steps
 
 
 @functools.cache

@@ -21,7 +21,6 @@ from qrag_retriever.candidate_rows import BLOCK
 from qrag_retriever.pieces import begins, cut_pieces
 from qrag_retriever.products import InBfloat16, InFloat32, InIntegers, two_at_least, worth_bfloat16
 from qrag_retriever.rotary import frequencies, phases, q_at, rotate, turn
-from qrag_retriever.vectors_of_pieces import Coefficients, RotatedStates
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -32,11 +31,10 @@ if TYPE_CHECKING:
     from qrag_retriever.pieces import Pieces
     from qrag_retriever.positions import PositionScheme, Runs
     from qrag_retriever.products import Products
-    from qrag_retriever.vectors_of_pieces import VectorsOfPieces
 
 # ρ-width w of a run, and its nodes. Interpolated in P Chebyshev nodes, P even or 1, Q is off by
 # 2 (w/4)^P / P! of |s||a| at most, if all components turn at the highest frequency: 7.6e-7 and
-# 6.8e-7 here, 2.1e-5 for rows of 8 bits, which are off by far more themselves, and 7.0e-2 and
+# 6.8e-7 here, 2.0e-5 for rows of 8 bits, which are off by far more themselves, and 7.0e-2 and
 # 6.3e-2 where rough is enough.
 _NARROW = (0.22, 4)  # fewer vectors
 _WIDE = (1.0, 6)  # fewer runs
@@ -89,21 +87,17 @@ def scan(
     if scheme.mode == "relative" and len(states) * corpus.n < short * len(pieces.run):
         rho = np.stack([scheme.positions(corpus.n, chunks) for chunks in retrieved])
         return Scan(_by_row(states, corpus, rho, base))
-    vectors: VectorsOfPieces
-    if nodes == 1 and not constant:
-        vectors = RotatedStates(states, pieces.middles(runs), base)
-    else:
-        vectors = Coefficients(states, runs, pieces, scheme.mode, nodes, base)
+    vectors = _coefficients(states, runs, scheme, nodes, base)
+    counts = [len(of_state.first) for of_state in runs]
     products: Products = InFloat32(vectors, corpus)
     if corpus.in_integers:
-        products = InIntegers(vectors, corpus.width)
+        products = InIntegers(vectors, counts)
     elif halves:
-        products = InBfloat16(vectors, states)
+        products = InBfloat16(vectors, counts)
     if not halves and (constant or not rough):
         return Scan(_by_piece(products, nodes, corpus, pieces))
     wide = states.cpu().double()  # not every GPU has this type, in which no square is too small
-    rounding = _rounding(states.shape[1]) + vectors.lost
-    error = wide.norm(dim=1) * rounding + products.lost.cpu()
+    error = wide.norm(dim=1) * _rounding(states.shape[1]) + torch.as_tensor(products.lost).cpu()
     if not constant:
         error += _interpolation_error(wide, runs, nodes, base)
     return Scan(_by_piece(products, nodes, corpus, pieces, at_first=_FIRST), error)
@@ -185,13 +179,14 @@ def _by_piece(
     pieces: Pieces,
     at_first: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """One product per piece with its vectors, then one polynomial per chunk."""
-    columns = nodes * pieces.run.shape[1]
+    """One product per piece with the vectors of its runs, then one polynomial per chunk."""
+    run = torch.from_numpy(pieces.run).to(corpus.device)
+    columns = nodes * run.shape[1]
     most = BLOCK // (columns * corpus.width)
     for some in pieces.groups(corpus.block_rows(columns), most, at_first):
         bounds = pieces.bounds[some.start : some.stop + 1]
         block, edges, places = corpus.read(bounds)
-        powers = products(block, edges, some)
+        powers = products(block, edges, run[some])
         if places is not None:
             powers = powers[places]
         q = powers[:, -1]
@@ -200,6 +195,42 @@ def _by_piece(
             for coefficient in reversed(powers[:, :-1].unbind(1)):
                 q = torch.addcmul(coefficient, q, t)
         yield int(bounds[0]), q
+
+
+def _coefficients(
+    states: Tensor, runs: Sequence[Runs], scheme: PositionScheme, nodes: int, base: float
+) -> Tensor:
+    """The vectors whose products with a chunk are the coefficients of Q as a polynomial in t.
+
+    Returns:
+        ``[R, P, d]`` for the R runs of all states and P nodes; one node suffices for constant ρ.
+    """
+    owner = np.repeat(np.arange(len(runs)), [len(of_state.first) for of_state in runs])
+    states = states[torch.from_numpy(owner).to(states.device), None]
+    if scheme.mode == "none":
+        return states
+    first = np.concatenate([of_state.first for of_state in runs])
+    last = np.concatenate([of_state.last for of_state in runs])
+    middle = torch.from_numpy((first + last) / 2).to(states.device)
+    states = rotate(states, -middle[:, None], base)
+    if nodes == 1:
+        return states
+    # R(ht) as a polynomial in t: few half widths h are different. By the symmetry of the nodes its
+    # even powers only scale a component pair, and its odd ones turn it by a right angle.
+    half, which = np.unique(((last - first) / 2).round(12), return_inverse=True)
+    t = np.cos(np.pi * (np.arange(nodes) + 0.5) / nodes)
+    turns = phases(torch.from_numpy(-half[:, None] * t).to(states.device), states.shape[-1], base)
+    powers = torch.from_numpy(np.linalg.inv(np.vander(t, increasing=True))).to(turns) @ turns
+    even, odd = powers[:, ::2].real, powers[:, 1::2].imag
+    table = torch.stack([_paired(even, even), _paired(-odd, odd)], dim=2).to(states)
+    vectors = table[torch.from_numpy(which).to(states.device)]
+    turned = torch.unflatten(states, -1, (-1, 2)).flip(-1).flatten(-2)
+    return vectors.mul_(torch.stack([states, turned], dim=2)).flatten(1, 2)
+
+
+def _paired(first: Tensor, second: Tensor) -> Tensor:
+    """Factors for both components of each pair of both halves: ``[..., d / 4]`` to ``[..., d]``."""
+    return torch.stack([first, second], dim=-1).flatten(-2).repeat(*[1] * (first.ndim - 1), 2)
 
 
 def _by_row(

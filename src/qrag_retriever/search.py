@@ -37,7 +37,7 @@ class SearchOptions:
     Attributes:
         k: Retrieval budget T, the number of chunks.
         q_threshold: Stop at the first step whose best Q lies below it (paper App. B).
-        beams: Trajectories followed at once (paper App. C), the most probable under the soft
+        beams: Most trajectories followed at once (paper App. C), the most probable under the soft
             policy (eq. 3); 1: greedy.
         temperature: Draw each chunk from softmax(Q / temperature) (eq. 3) instead of the best.
         seed: Seed of those draws.
@@ -206,6 +206,7 @@ class Search:
         """All but those that will be behind another one whatever they find, and so cost in vain.
 
         The most probable of R actions has a probability of at least 1 / R, and none of more than 1.
+        What takes the place of one that is dropped is behind it, and so cannot lead either.
         """
         rivals = self.options.rivals + (self.options.q_threshold is not None)
         at_least = max(

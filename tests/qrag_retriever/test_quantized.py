@@ -8,7 +8,7 @@ import torch
 
 from qrag_retriever import candidate_rows, quantized
 from qrag_retriever.positions import PositionScheme
-from qrag_retriever.quantized import QuantizedRows, in_parts, multiplies_integers, steps_for
+from qrag_retriever.quantized import QuantizedRows, in_parts, multiplies_integers
 from qrag_retriever.scoring import score
 
 
@@ -35,20 +35,21 @@ def rows(count: int, d: int) -> QuantizedRows:
 def test_products_in_integers(fine, monkeypatch):
     monkeypatch.setattr(quantized, "_FINE", fine)
     matrix, edges = rows(37, 16), np.array([0, 5, 6, 37])
-    vectors = torch.randn(3, 2, 2, 16)  # in each stretch two of each of two states
-    vectors[:, :, 1] *= 1000
-    vectors[0, :, 0] = 0
-    largest = vectors.abs().amax(dim=(0, 3))
-    steps = steps_for(largest)
-    found = matrix.products(edges, in_parts(vectors, steps), steps)
+    vectors = torch.randn(5, 2, 16)  # of two states, which have two and three runs
+    vectors[2:] *= 1000
+    vectors[:2, 0] = 0
+    runs = torch.tensor([[0, 2], [1, 3], [1, 4]])  # in each stretch
+    parts, steps = in_parts(vectors, [2, 3])
+    found = matrix.products(edges, parts[runs], steps)
     assert found.shape == (37, 2, 2)
+    largest = [of_state.abs().amax(dim=(0, 2)) for of_state in (vectors[:2], vectors[2:])]
     whole = matrix.values.double() * matrix.scales.double()[:, None]
     for row in range(37):
         stretch = int(np.searchsorted(edges, row, side="right")) - 1
         for node, state in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            vector = vectors[stretch, node, state].double()
+            vector = vectors[runs[stretch, state], node].double()
             error = abs(float(found[row, node, state]) - float(whole[row] @ vector))
-            of_bits = (2**-16 if node < fine else 2**-8) * largest[node, state]
+            of_bits = (2**-16 if node < fine else 2**-8) * largest[state][node]
             of_bits *= whole[row].abs().sum()
             of_float32 = 1e-6 * vector.norm() * whole[row].norm()
             assert error <= float(1.01 * of_bits + of_float32)

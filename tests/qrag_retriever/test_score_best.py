@@ -24,7 +24,7 @@ from test_scoring import (
 
 from qrag_retriever import candidate_rows, products, shortlist
 from qrag_retriever.candidate_rows import CandidateRows
-from qrag_retriever.errors import InvalidInputError, QRAGError
+from qrag_retriever.errors import ConfigError, InvalidInputError, QRAGError
 from qrag_retriever.positions import PositionScheme
 from qrag_retriever.quantized import QuantizedRows
 from qrag_retriever.scan import scan
@@ -345,6 +345,9 @@ def test_errors_are_those_of_score():
         score_best(torch.randn(2, 8), torch.randn(5, 8), [[]], CONTINUOUS, 3, longest=lambda: 1.0)
     with pytest.raises(InvalidInputError, match="retrieved"):
         score_best(torch.randn(1, 8), torch.randn(5, 8), [[5]], CONTINUOUS, 3, longest=lambda: 1.0)
+    many = torch.randn(20_000, 6)
+    with pytest.raises(ConfigError, match="multiple of 4"):
+        score_best(many[:1], many, [[5]], CONTINUOUS, 3, longest=lambda: 20.0)
 
 
 def test_without_candidates():

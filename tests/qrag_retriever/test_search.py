@@ -186,6 +186,22 @@ def test_beams_that_cannot_lead_any_more_are_dropped():
     assert search.states == [(8, 0)]
 
 
+@pytest.mark.parametrize(("threshold", "rivals"), [(None, 5), (0.0, 6)])
+@pytest.mark.parametrize(("ahead", "expected"), [(1e-3, (0, 2, 10, 11)), (-1e-3, (0, 1, 2, 3))])
+def test_a_beam_may_be_overtaken_by_as_much_as_all_that_is_to_come(
+    threshold, rivals, ahead, expected
+):
+    options = SearchOptions(k=4, beams=2, chunks_per_step=2, q_threshold=threshold)
+    search = Search(30, options, alpha=1.0)
+    q, unsure, sure = np.zeros((3, 30), dtype=np.float32)
+    q[:] = -50
+    q[:3] = 60, 30, 30 - 2 * math.log(rivals) + ahead
+    search.advance([q])
+    sure[10:12] = 100, 50
+    search.advance([unsure if state == (0, 1) else sure for state in search.states])
+    assert search.best.retrieved == expected
+
+
 def test_a_search_ends_when_the_leading_beam_does():
     table = {(): [0.9, 0.8, 0.1], (0,): [0.0, 0.1, 0.0], (1,): [0.0, 0.0, 0.7]}
     search = Search(3, SearchOptions(k=3, beams=2, q_threshold=0.5))

@@ -207,3 +207,9 @@ def test_evaluation_on_a_pool(tmp_path: Path) -> None:
     (samples,) = read_questions(str(file), "hotpotqa", pool=True, samples=1).values()
     assert len(samples) == 1
     assert samples[0].chunks == ("A. Aa.", "B. Ba. Bb.", "C. Ca.", "D. Da.", "E. Ea.")
+
+
+@pytest.mark.parametrize("read", [read_hotpotqa, read_twowiki])
+def test_a_file_that_is_not_there(tmp_path, read):
+    with pytest.raises(DatasetError, match=r"nowhere\.json cannot be read \(No such file"):
+        list(read(tmp_path / "nowhere.json"))

@@ -126,8 +126,9 @@ def read_json(path: str | Path) -> Any:
     Raises:
         DatasetError: If the file cannot be read or is no JSON.
     """
+    text = "".join(line for _, line in read_lines(path))
     try:
-        return json.loads("".join(line for _, line in read_lines(path)))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DatasetError(
             f"{path} is not valid JSON ({error}); give the official file, unpacked."
