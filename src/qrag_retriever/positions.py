@@ -75,6 +75,11 @@ class PositionScheme:
             if not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value!r} is not allowed; give a finite number above 0.")
 
+    @property
+    def constant(self) -> bool:
+        """Whether ρ is the same for all chunks of a run, see `runs`."""
+        return self.mode == "none" or self.truncate
+
     def positions(
         self, n: int, retrieved: Sequence[int] = (), chunks: NDArray[np.int64] | None = None
     ) -> NDArray[np.float64]:
@@ -119,7 +124,7 @@ class PositionScheme:
                 those of other lists of retrieved chunks do; up to twice as many.
 
         Returns:
-            The runs; ``first == last`` everywhere if ``truncate`` is set or ``mode`` is ``"none"``.
+            The runs; ``first == last`` everywhere if `constant`.
 
         Raises:
             InvalidInputError: If a retrieved chunk does not exist or is given twice.

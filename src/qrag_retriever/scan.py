@@ -76,7 +76,6 @@ def scan(
     """
     if scheme.mode == "absolute":
         return Scan(_by_block(states, corpus, base))
-    constant = scheme.mode == "none" or scheme.truncate
     runs, nodes = _runs(corpus, retrieved, scheme, rough=rough)
     columns = len(states) * nodes
     # only where pieces are long: the many lengths of short ones cost more than is saved
@@ -94,11 +93,11 @@ def scan(
         products = InIntegers(vectors, counts)
     elif halves:
         products = InBfloat16(vectors, counts)
-    if not halves and (constant or not rough):
+    if not halves and (scheme.constant or not rough):
         return Scan(_by_piece(products, nodes, corpus, pieces))
     wide = states.cpu().double()  # not every GPU has this type, in which no square is too small
     error = wide.norm(dim=1) * _rounding(states.shape[1]) + torch.as_tensor(products.lost).cpu()
-    if not constant:
+    if not scheme.constant:
         error += _interpolation_error(wide, runs, nodes, base)
     return Scan(_by_piece(products, nodes, corpus, pieces, at_first=_FIRST), error)
 
@@ -111,14 +110,13 @@ def _runs(
     rough: bool,
 ) -> tuple[list[Runs], int]:
     """Each state's runs, and how many nodes their width asks for."""
-    constant = scheme.mode == "none" or scheme.truncate
     # pieces are few where the runs of several states begin at the same chunks
-    aligned = len(retrieved) > 1 and not constant
+    aligned = len(retrieved) > 1 and not scheme.constant
 
     def cut(width: float) -> list[Runs]:
         return [scheme.runs(corpus.n, chunks, width, aligned=aligned) for chunks in retrieved]
 
-    if constant:
+    if scheme.constant:
         return cut(1.0), 1
     if corpus.in_integers and not rough:
         width, nodes = _QUANTIZED
